@@ -1,0 +1,1 @@
+"""mill: a team's containers on its own machines, as its git repository says."""

@@ -1,0 +1,1 @@
+"""Text to manifest: syntax, schema, check, format. Pure: no I/O, clock or randomness."""
