@@ -1,0 +1,1 @@
+"""Orders to containers, on every node."""

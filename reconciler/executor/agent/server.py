@@ -1,0 +1,229 @@
+"""The agent's door: gRPC with mutual TLS. One session at a time, the newest term's.
+
+An order of an older term than the newest seen is refused, so a leader that slept through its own
+deposition can make no agent do anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol, assert_never
+
+import grpc
+import msgspec
+import structlog
+
+from reconciler.errors import MillError
+from reconciler.executor.agent.orders import (
+    LOGS,
+    MAX_MESSAGE_BYTES,
+    SERVICE,
+    SESSION,
+    AllocReport,
+    Beat,
+    Hello,
+    Inventory,
+    LogLine,
+    LogRequest,
+    Order,
+    Pull,
+    PullReport,
+    Report,
+    Start,
+    Stop,
+    decode_order,
+    encode,
+)
+
+log = structlog.get_logger("mill.agent")
+
+BEAT_S = 1.0
+"""Node heartbeat (contracts: Defaults)."""
+REPORTS = 50_000
+"""Reports that may wait for a slow leader; a session that lags further is cut and begins anew
+with an inventory."""
+
+
+class Allocations(Protocol):
+    """What the door needs of the supervisor."""
+
+    def inventory(self) -> tuple[AllocReport, ...]:
+        """All allocations here."""
+        ...
+
+    def start(self, order: Start) -> None:
+        """Have it run."""
+        ...
+
+    def stop(self, alloc: str, *, kill: bool) -> None:
+        """Have it gone."""
+        ...
+
+
+class Images(Protocol):
+    """What the door needs of the image store."""
+
+    async def present(self) -> tuple[tuple[str, str], ...]:
+        """(image, digest) of all that is here."""
+        ...
+
+    async def pull(self, order: Pull, tell: Callable[[PullReport], None]) -> None:
+        """Fetch, telling progress and, at last, how it went."""
+        ...
+
+
+class Lines(Protocol):
+    """What the door needs of the logs."""
+
+    def read(self, request: LogRequest) -> AsyncIterator[LogLine]:
+        """Lines of an allocation."""
+        ...
+
+
+class AgentServer:
+    """Serves sessions and logs. `beat` makes the heartbeat; `floor` is the log's own term."""
+
+    def __init__(
+        self, node: str, allocations: Allocations, images: Images, lines: Lines,
+        beat: Callable[[], Beat], floor: Callable[[], int],
+    ) -> None:
+        self._node = node
+        self._allocations = allocations
+        self._images = images
+        self._lines = lines
+        self._beat = beat
+        self._floor = floor
+        self._term = 0
+        self._outbox: asyncio.Queue[Report] | None = None
+        self._current: asyncio.Task[object] | None = None
+        self._pulls: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._server: grpc.aio.Server | None = None
+        self.leader_seen_at = 0.0
+
+    async def start(self, address: str, ca: bytes, certificate: bytes, key: bytes) -> None:
+        """Listen; only certificates of the cluster's CA are spoken to."""
+        server = grpc.aio.server(options=[
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ])
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {
+            SESSION: grpc.stream_stream_rpc_method_handler(
+                self._session, request_deserializer=decode_order, response_serializer=encode),
+            LOGS: grpc.unary_stream_rpc_method_handler(
+                self._read_logs, request_deserializer=_log_request.decode,
+                response_serializer=encode),
+        }),))
+        credentials = grpc.ssl_server_credentials(
+            [(key, certificate)], root_certificates=ca, require_client_auth=True)
+        server.add_secure_port(address, credentials)
+        await server.start()
+        self._server = server
+
+    async def stop(self) -> None:
+        """Close the door; containers stay."""
+        if self._server is not None:
+            await self._server.stop(0.2)
+        for task in self._pulls.values():
+            task.cancel()
+
+    def tell(self, report: Report) -> None:
+        """Send a report to the leader, if one listens; else the next inventory says it."""
+        outbox = self._outbox
+        if outbox is None:
+            return
+        try:
+            outbox.put_nowait(report)
+        except asyncio.QueueFull:
+            if self._current is not None:
+                self._current.cancel()
+
+    async def _session(
+        self, orders: AsyncIterator[Order], context: grpc.aio.ServicerContext[Order, Report]
+    ) -> AsyncIterator[Report]:
+        hello = await anext(orders)
+        if not isinstance(hello, Hello):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with hello")
+            return
+        newest = max(self._term, self._floor())
+        if hello.term < newest:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION,
+                                f"term {hello.term} is over: the newest is {newest}")
+            return
+        self._term = hello.term
+        if self._current is not None:
+            self._current.cancel()
+        self._current = asyncio.current_task()
+        outbox: asyncio.Queue[Report] = asyncio.Queue(REPORTS)
+        self._outbox = outbox
+        log.info("session", leader=hello.leader, term=hello.term)
+        reader = asyncio.create_task(self._obey(orders, hello.term))
+        beats = asyncio.create_task(self._beats())
+        try:
+            yield Inventory(node=self._node, allocs=self._allocations.inventory(),
+                            images=await self._images.present())
+            yield self._beat()
+            while not reader.done():
+                taking = asyncio.ensure_future(outbox.get())
+                await asyncio.wait({taking, reader}, return_when=asyncio.FIRST_COMPLETED)
+                if not taking.done():
+                    taking.cancel()
+                    break
+                yield taking.result()
+        finally:
+            reader.cancel()
+            beats.cancel()
+            if self._outbox is outbox:
+                self._outbox = None
+                self._current = None
+
+    async def _obey(self, orders: AsyncIterator[Order], term: int) -> None:
+        async for order in orders:
+            if term < max(self._term, self._floor()):
+                log.warning("order_refused", term=term, newest=max(self._term, self._floor()))
+                return
+            match order:
+                case Hello():
+                    return
+                case Pull():
+                    self._begin_pull(order)
+                case Start():
+                    self._allocations.start(order)
+                case Stop():
+                    self._allocations.stop(order.alloc, kill=order.kill)
+                case _:
+                    assert_never(order)
+
+    def _begin_pull(self, order: Pull) -> None:
+        key = (order.image, order.digest)
+        if key in self._pulls:
+            return  # under way: its reports go to whoever leads now
+        task = asyncio.create_task(self._images.pull(order, self.tell))
+        self._pulls[key] = task
+        task.add_done_callback(lambda _: self._pulls.pop(key, None))
+
+    async def _beats(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            self.tell(self._beat())
+
+    def beat_now(self) -> None:
+        """The edge has moved: the leader waits for it, so it hears at once."""
+        self.tell(self._beat())
+
+    async def _read_logs(
+        self, request: LogRequest, context: grpc.aio.ServicerContext[LogRequest, LogLine]
+    ) -> AsyncIterator[LogLine]:
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                async for line in self._lines.read(request):
+                    yield line
+        except MillError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, error.what)
+
+
+_log_request: msgspec.msgpack.Decoder[LogRequest] = msgspec.msgpack.Decoder(LogRequest)

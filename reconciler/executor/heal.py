@@ -1,0 +1,205 @@
+"""Living on: what is live and should run, runs; the leader decides, the agents carry it out.
+
+Level-triggered over the live allocations: exits and failed probes leave the routes at once and
+are started again with backoff; a slot whose allocation is lost is filled on another node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from reconciler.errors import MillError
+from reconciler.executor.agent.orders import AllocReport
+from reconciler.executor.deploy import how_it_ended
+from reconciler.executor.ledger import CommandRefused, Ledger
+from reconciler.executor.links import Link, Links
+from reconciler.executor.starting import start_order
+from reconciler.fsm import commands as c
+from reconciler.fsm.records import ENDED, Allocation
+from reconciler.fsm.state import State
+from reconciler.plan.place import Demand, images, place, reserved, standing
+
+log = structlog.get_logger("mill.heal")
+
+BACKOFF_S = (1.0, 5.0, 30.0, 60.0)
+"""Waits before the first, second, third and every later restart (contracts: Defaults)."""
+LOOK_S = 0.5
+DOWN_S = 15.0
+"""A node that is silent this long is down (contracts: Defaults)."""
+
+
+def another_node(state: State, alloc: Allocation) -> str | None:
+    """The best node for a replica of the same service, its own node left out."""
+    nodes = [n for n in state.nodes.values() if n.name != alloc.node]
+    return free_node(state, alloc.service, alloc.cpu_milli, alloc.memory_bytes, alloc.digest,
+                     {n.name for n in nodes})
+
+
+def free_node(
+    state: State, service: str, cpu_milli: int, memory_bytes: int, digest: str, allowed: set[str]
+) -> str | None:
+    """Where one more replica goes, by the rules that every plan follows; None: nowhere."""
+    nodes = {n.name: n for n in state.nodes.values() if n.name in allowed}
+    there = standing(state.of_service(service), nodes)
+    demand = Demand(service=service, cpu_milli=cpu_milli, memory_bytes=memory_bytes,
+                    replicas=len(there) + 1, digest=digest, standing=there)
+    placed = place([demand], nodes.values(), reserved(state), images(state))
+    slots = placed.slots.get(service, ())
+    return next((slot.node for slot in slots if not slot.keep), None)
+
+
+@dataclass
+class Heal:
+    """The leader's loop over live services and over the nodes' heartbeats."""
+
+    ledger: Ledger
+    links: Links
+    new_id: Callable[[str], str]
+    _sent: dict[str, tuple[object, int]] = field(default_factory=dict)
+    _due: dict[str, float] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            moved = self.links.moved
+            try:
+                await self._look()
+            except CommandRefused as refused:
+                log.info("command_refused", reason=refused.what)
+            except MillError as error:
+                log.warning("heal_waits", reason=error.what)
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await moved.wait()
+            except TimeoutError:
+                pass
+
+    async def _look(self) -> None:
+        await self._nodes()
+        for alloc in list(self.ledger.state.allocations.values()):
+            if alloc.live and alloc.status not in ENDED and alloc.status != "stopping":
+                await self._alloc(alloc)
+        await self._vacant()
+
+    # -- nodes -----------------------------------------------------------------------------
+
+    async def _nodes(self) -> None:
+        now_ms = self.ledger.clock.wall_ms()
+        for node in list(self.ledger.state.nodes.values()):
+            link = self.links.get(node.name)
+            if link is None:
+                continue
+            silent_s = (now_ms - link.last_seen_ms) / 1000
+            if node.status == "ready" and silent_s > DOWN_S:
+                reason = f"silent for {silent_s:.0f} s"
+                await self.ledger.propose(c.SetNodeStatus(node.name, "down", reason))
+            elif node.status == "down" and link.connected and silent_s < DOWN_S:
+                await self.ledger.propose(c.SetNodeStatus(node.name, "ready", "it answers again"))
+
+    # -- allocations -----------------------------------------------------------------------
+
+    async def _alloc(self, alloc: Allocation) -> None:
+        link = self.links.get(alloc.node)
+        if link is None or not link.connected:
+            return
+        if alloc.id in link.gone:
+            link.gone.discard(alloc.id)
+            self._sent.pop(alloc.id, None)
+        report = link.allocs.get(alloc.id)
+        if report is None or report.restarts < alloc.restarts:
+            self._order(alloc, link)
+            if alloc.status == "pending":
+                await self._move(alloc, "starting")
+            return
+        match report.phase:
+            case "exited" | "error":
+                await self._ended(alloc, link, report)
+            case "running":
+                await self._running(alloc, link, report)
+            case _:
+                pass
+
+    def _order(self, alloc: Allocation, link: Link) -> None:
+        """Order a start once a stream and incarnation; the agent answers with what is."""
+        token = (link.orders, alloc.restarts)
+        if self._sent.get(alloc.id) == token:
+            return
+        order = start_order(self.ledger.state, alloc, self.ledger.term)
+        if order is not None:
+            self._sent[alloc.id] = token
+            link.send(order)
+
+    async def _move(self, alloc: Allocation, status: str, reason: str = "") -> None:
+        await self.ledger.propose(c.SetAllocStatus(
+            alloc=alloc.id, status=status, was=alloc.status, reason=reason,  # type: ignore[arg-type]  # the callers name states
+        ))
+
+    async def _running(self, alloc: Allocation, link: Link, report: AllocReport) -> None:
+        if alloc.status == "starting":
+            await self._move(alloc, "running")
+        elif alloc.status == "running" and report.healthy:
+            self._due.pop(alloc.id, None)
+            await self._move(alloc, "healthy")
+        elif alloc.status == "healthy" and report.healthy is False:
+            await self._move(alloc, "running", f"unhealthy: {report.detail}")
+        elif alloc.status == "running" and report.healthy is False and self._may_restart(alloc):
+            await self._restart(alloc, link, f"unhealthy: {report.detail}", None)
+
+    def _may_restart(self, alloc: Allocation) -> bool:
+        """A failing probe restarts while half of the replicas are healthy, or it is alone."""
+        mates = [a for a in self.ledger.state.of_service(alloc.service) if a.live]
+        well = sum(a.status == "healthy" for a in mates)
+        return len(mates) == 1 or 2 * well >= len(mates)
+
+    async def _ended(self, alloc: Allocation, link: Link, report: AllocReport) -> None:
+        reason = report.error or how_it_ended(report)
+        if alloc.status == "healthy":
+            await self._move(alloc, "running", reason)
+            return
+        await self._restart(alloc, link, reason, report.exit_code)
+
+    async def _restart(
+        self, alloc: Allocation, link: Link, reason: str, exit_code: int | None
+    ) -> None:
+        now = self.ledger.clock.monotonic()
+        wait_s = BACKOFF_S[min(alloc.restarts, len(BACKOFF_S) - 1)]
+        due = self._due.setdefault(alloc.id, now + wait_s)
+        if now < due:
+            return
+        del self._due[alloc.id]
+        await self.ledger.propose(c.SetAllocStatus(
+            alloc=alloc.id, status="starting", was=alloc.status, reason=reason,
+            exit_code=exit_code, restarts=alloc.restarts + 1,
+        ))
+        log.info("alloc_restarted", alloc=alloc.id, service=alloc.service, node=alloc.node,
+                 restarts=alloc.restarts + 1, reason=reason)
+        self._order(self.ledger.state.allocations[alloc.id], link)
+
+    # -- vacant slots ----------------------------------------------------------------------
+
+    async def _vacant(self) -> None:
+        """Fill the slots whose allocations were lost with their node."""
+        state = self.ledger.state
+        for name in sorted(state.services):
+            spec = state.live_spec(name)
+            service = state.services[name]
+            revision = service.revision(service.live)
+            if spec is None or revision is None:
+                continue
+            held = {a.slot for a in state.of_service(name) if a.live}
+            for slot in range(spec.replicas):
+                if slot in held:
+                    continue
+                ready = {n.name for n in state.nodes.values() if n.status == "ready"}
+                node = free_node(state, name, spec.cpu_milli, spec.memory_bytes,
+                                 revision.digest, ready)
+                if node is None:
+                    continue
+                await self.ledger.propose(c.ScheduleAlloc(
+                    alloc=self.new_id(name), service=name, node=node, slot=slot,
+                ))
+                state = self.ledger.state
