@@ -1,0 +1,442 @@
+"""`mill dev`: N nodes on one machine, with real log, containers and edge, and failures to try.
+
+Each node is a process of its own; containerd, Envoy, DNS and log processes outlive it. All that
+is made on the host carries the tag, a hash of the data folder, and only that is ever swept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from reconciler.api.client import Client
+from reconciler.edge.certificates import (
+    create_ca,
+    issue,
+    write_authority,
+    write_identity,
+    write_private,
+)
+from reconciler.edge.dns_feed import DnsProcess
+from reconciler.edge.envoy import EnvoyProcess
+from reconciler.errors import Conflict, MillError, NotFound, Unavailable
+from reconciler.executor.agent.logs import LogStore
+from reconciler.executor.containerd import containers, network
+from reconciler.executor.containerd.client import Containerd
+from reconciler.executor.containerd.daemon import (
+    daemon_paths,
+    purge_daemon,
+    running_daemon,
+    start_daemon,
+    stop_daemon,
+)
+from reconciler.node_config import NodeConfig, Peer, load
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = "127.0.0.1"
+STOP_S = 15.0
+READY_S = 60.0
+STEP = 10
+"""Node i has base + 10·i (contracts: Ports)."""
+FREE_BYTES = 3 * 1024**3
+PROGRAMS = {"containerd": "containerd", "runc": "runc", "ip": "iproute2", "nsenter": "util-linux"}
+
+Say = Callable[[str], None]
+
+
+class Missing(MillError):
+    """This machine lacks something that `mill dev` needs."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `mill dev` was asked for. `cpu_milli` and `memory_bytes` 0: the host's own."""
+
+    nodes: int = 3
+    data: Path = Path(".mill-dev")
+    base_port: int = 4400
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    dns_upstreams: tuple[str, ...] = ()
+
+
+class Founding(msgspec.Struct, frozen=True):
+    """What makes the cluster of a data folder, in `dev.json` (0600)."""
+
+    cluster: str
+    token: str
+    nodes: int
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a running `mill dev` says to kill and start; no `what`: it is done."""
+
+    what: str = ""
+    hint: str = ""
+    status: int = 0
+
+
+def check_machine() -> None:
+    """Refuse in one line what cannot work here."""
+    if os.geteuid() != 0:
+        raise Missing("mill dev needs root: it runs containers and makes network namespaces",
+                      hint="run it with sudo")
+    for program, package in PROGRAMS.items():
+        if shutil.which(program) is None:
+            raise Missing(f"{program} is not installed", hint=f"apt-get install {package}")
+
+
+def tag_of(data: Path) -> str:
+    """The mark of a data folder on everything it makes: 8 hex digits of its path's hash."""
+    return hashlib.sha256(os.fsencode(data.resolve())).hexdigest()[:8]
+
+
+@dataclass
+class Dev:
+    """A cluster on this machine, in one data folder."""
+
+    options: Options
+    say: Say
+    _children: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+    _expected: set[str] = field(default_factory=set)
+    _watchers: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def data(self) -> Path:
+        """The data folder, absolute."""
+        return self.options.data.resolve()
+
+    @property
+    def tag(self) -> str:
+        """What marks everything of this folder."""
+        return tag_of(self.data)
+
+    @property
+    def run_folder(self) -> Path:
+        """Sockets and the kept namespace: short paths, gone after a reboot."""
+        return Path("/run") / f"mill-{self.tag}"
+
+    @property
+    def names(self) -> list[str]:
+        """node-1 … node-N."""
+        return [f"node-{number}" for number in range(1, self.options.nodes + 1)]
+
+    def address(self, name: str) -> str:
+        """A node's API."""
+        return f"http://{HOST}:{self._peer(int(name.removeprefix('node-'))).api_port}"
+
+    # -- life ------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def up(self) -> AsyncIterator[Founding]:
+        """The cluster, serving; at the end it stops with its containers, and its state stays."""
+        with self._only_one():
+            founding = self._prepare()
+            await self._end_leftovers()
+            await asyncio.to_thread(start_daemon, self.data / "containerd")
+            await network.keep_host_namespace(self.run_folder / "host.netns")
+            control = await self._listen()
+            try:
+                await asyncio.gather(*(self._spawn(name) for name in self.names))
+                await self._ready(founding)
+                yield founding
+            finally:
+                control.close()
+                await self._down()
+
+    def _prepare(self) -> Founding:
+        self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.data / "dev.json"
+        if path.exists():
+            founding = msgspec.json.decode(path.read_bytes(), type=Founding)
+            if founding.nodes != self.options.nodes:
+                raise Conflict(
+                    f"{self.options.data} holds a cluster of {founding.nodes} nodes",
+                    hint=f"start it with --nodes {founding.nodes}, or forget it with: "
+                         f"mill dev --reset --data {self.options.data}")
+        else:
+            founding = self._found(path)
+        self._write_configs(founding)
+        return founding
+
+    def _found(self, path: Path) -> Founding:
+        """A new cluster: its CA, each node's certificate, the key of its secrets."""
+        founding = Founding(cluster=f"dev-{self.tag}", token=secrets.token_urlsafe(24),
+                            nodes=self.options.nodes)
+        authority = create_ca()
+        write_authority(self.data / "ca", authority)
+        key = secrets.token_bytes(32)
+        for name in self.names:
+            folder = self.data / name
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_identity(folder / "identity", issue(authority, name, (HOST,)))
+            write_private(folder / "cluster.key", key)
+        write_private(path, msgspec.json.encode(founding))
+        return founding
+
+    def _peer(self, number: int) -> Peer:
+        base = self.options.base_port + STEP * (number - 1)
+        return Peer(
+            name=f"node-{number}", number=number, host=HOST, api_port=base, log_port=base + 1,
+            agent_port=base + 2,
+            cpu_milli=self.options.cpu_milli or (os.cpu_count() or 1) * 1000,
+            memory_bytes=self.options.memory_bytes or _host_memory_bytes(),
+        )
+
+    def _write_configs(self, founding: Founding) -> None:
+        peers = tuple(self._peer(number) for number in range(1, self.options.nodes + 1))
+        paths = daemon_paths(self.data / "containerd")
+        for peer in peers:
+            base = peer.api_port
+            config = NodeConfig(
+                name=peer.name, tag=self.tag, data=str(self.data / peer.name),
+                run=str(self.run_folder / str(peer.number)), peers=peers,
+                cluster=founding.cluster, token_id="dev",  # noqa: S106  a name, not a password
+                token_sha256=hashlib.sha256(founding.token.encode()).hexdigest(),
+                containerd=str(paths.socket), runc_root=str(paths.runc_root),
+                namespace=f"mill-{self.tag}-{peer.number}",
+                host_netns=str(self.run_folder / "host.netns"), dns_port=base + 3,
+                http_port=base + 4, https_port=base + 5,
+                dns_upstreams=self.options.dns_upstreams,
+            )
+            (self.run_folder / str(peer.number)).mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_private(self.data / peer.name / "node.json", msgspec.json.encode(config))
+
+    @contextlib.contextmanager
+    def _only_one(self) -> Iterator[None]:
+        self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(self.data / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Conflict(f"mill dev runs on {self.options.data} already",
+                               hint="stop it with Ctrl-C, or choose another --data") from error
+            yield
+
+    # -- nodes -----------------------------------------------------------------------------
+
+    async def _spawn(self, name: str) -> None:
+        folder = self.data / name
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        with open(folder / "node.log", "ab") as output:  # noqa: ASYNC230  a local file, at once
+            child = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "reconciler.node", str(folder / "node.json"), name,
+                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": path, "GRPC_ENABLE_FORK_SUPPORT": "0"},
+            )
+        self._children[name] = child
+        self._expected.add(name)
+        watcher = asyncio.create_task(self._watch(name, child))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+
+    async def _watch(self, name: str, child: asyncio.subprocess.Process) -> None:
+        """A node that dies is reported and stays dead, so that anyone can try a failure."""
+        code = await child.wait()
+        if self._children.get(name) is child:
+            del self._children[name]
+        if name in self._expected:
+            self._expected.discard(name)
+            how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+            self.say(f"{name} {how}; its log: {self.options.data / name / 'node.log'}; "
+                     f"start it again with: mill dev start {name}")
+
+    async def _stop_child(self, name: str, number: signal.Signals) -> None:
+        self._expected.discard(name)
+        child = self._children.get(name)
+        if child is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)
+        try:
+            async with asyncio.timeout(STOP_S):
+                await child.wait()
+        except TimeoutError:
+            child.kill()
+            await child.wait()
+
+    async def kill(self, name: str) -> None:
+        """A power cut: process, Envoy, DNS, containers and link of one node."""
+        self._known(name)
+        await self._stop_child(name, signal.SIGKILL)
+        config = load(self.data / name / "node.json")
+        await self._end_companions(config)
+        await self._end_containers(config)
+        await network.link_down(_layout(config))
+        self.say(f"{name} is off")
+
+    async def start(self, name: str) -> None:
+        """Switch a node on again."""
+        self._known(name)
+        if name in self._children:
+            raise Conflict(f"{name} runs already")
+        await self._spawn(name)
+        self.say(f"{name} is on")
+
+    def _known(self, name: str) -> None:
+        if name not in self.names:
+            raise NotFound(f"there is no {name} here", hint=f"there are {', '.join(self.names)}")
+
+    # -- ending ----------------------------------------------------------------------------
+
+    async def _down(self) -> None:
+        await asyncio.gather(*(self._stop_child(n, signal.SIGTERM) for n in list(self._children)))
+        configs = [load(self.data / name / "node.json") for name in self.names]
+        await asyncio.gather(*(self._end_companions(config) for config in configs))
+        await asyncio.gather(*(self._end_containers(config) for config in configs))
+        await asyncio.to_thread(stop_daemon, self.data / "containerd")
+        await network.sweep(self.tag)
+        shutil.rmtree(self.run_folder, ignore_errors=True)
+
+    async def _end_companions(self, config: NodeConfig) -> None:
+        await EnvoyProcess(Path(config.run) / "envoy").stop()
+        await DnsProcess(Path(config.run) / "dns", ()).stop()
+        await LogStore(Path(config.data) / "logs").stop()
+
+    async def _end_containers(self, config: NodeConfig) -> None:
+        if running_daemon(self.data / "containerd") is None:
+            return
+        client = Containerd(Path(config.containerd), config.namespace,
+                            runc_root=Path(config.runc_root))
+        async with client:
+            await client.ensure_namespace()
+            states = await containers.list_all(client)
+            await asyncio.gather(*(containers.remove(client, state.id) for state in states))
+        for alloc in await network.list_containers(_layout(config)):
+            await network.remove_container(_layout(config), alloc)
+
+    async def _end_leftovers(self) -> None:
+        """Node processes that outlived a `mill dev` that was killed. Their containers, Envoy and
+        DNS stay: the new processes take them up."""
+        for name in self.names:
+            config = str(self.data / name / "node.json")
+            for pid in _processes_with(config):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                while _processes_with(config):  # noqa: ASYNC110  no event tells of others' children
+                    await asyncio.sleep(0.02)
+
+    async def reset(self) -> None:
+        """Forget the cluster: processes, containers, networks, state."""
+        if not (self.data / "dev.json").exists() and self.data.exists() and any(
+                p.name not in ("lock", "containerd") for p in self.data.iterdir()):
+            raise MillError(f"{self.options.data} is not a folder of mill dev",
+                            hint="name the right one with --data")
+        with self._only_one():
+            for number in range(1, 254):
+                config = self.data / f"node-{number}" / "node.json"
+                if config.exists():
+                    for pid in _processes_with(str(config)):
+                        os.kill(pid, signal.SIGKILL)
+                    await self._end_companions(load(config))
+            await asyncio.to_thread(purge_daemon, self.data / "containerd")
+            await network.sweep(self.tag)
+            shutil.rmtree(self.run_folder, ignore_errors=True)
+        shutil.rmtree(self.data, ignore_errors=True)
+
+    # -- ready -----------------------------------------------------------------------------
+
+    async def _ready(self, founding: Founding) -> None:
+        """Until every node serves, or one has died, which says why."""
+        try:
+            async with asyncio.timeout(READY_S):
+                for name in self.names:
+                    while not await self._serves(name, founding):
+                        if name not in self._children:
+                            raise Unavailable(f"{name} did not start: {self._last_line(name)}",
+                                              at=str(self.data / name / "node.log"))
+                        await asyncio.sleep(0.1)
+        except TimeoutError as error:
+            raise Unavailable(f"the cluster does not serve after {READY_S:.0f} s",
+                              hint=f"look at {self.options.data}/node-*/node.log") from error
+
+    async def _serves(self, name: str, founding: Founding) -> bool:
+        """It answers, and from where it stands every node is there with its edge."""
+        async with Client([self.address(name)], founding.token) as client:
+            try:
+                status = await client.status()
+            except MillError:
+                return False
+        seen = [node for node in status.nodes if node.last_seen is not None]
+        return len(seen) == self.options.nodes and not status.warnings
+
+    def _last_line(self, name: str) -> str:
+        lines = (self.data / name / "node.log").read_text(errors="replace").splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    # -- control ---------------------------------------------------------------------------
+
+    async def _listen(self) -> asyncio.Server:
+        path = self.run_folder / "dev.sock"
+        path.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(self._command, path)
+        path.chmod(0o600)
+        return server
+
+    async def _command(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        words = (await reader.readline()).decode().split()
+        try:
+            match words:
+                case ["kill", name]:
+                    await self.kill(name)
+                case ["start", name]:
+                    await self.start(name)
+                case _:
+                    raise MillError(f"unknown command {' '.join(words)}")
+            answer = Answer()
+        except MillError as error:
+            answer = Answer(error.what, error.hint, error.status)
+        writer.write(msgspec.json.encode(answer) + b"\n")
+        await writer.drain()
+        writer.close()
+
+
+def command(data: Path, verb: str, name: str) -> None:
+    """Have the running `mill dev` of a folder kill or start a node."""
+    path = Path("/run") / f"mill-{tag_of(data)}" / "dev.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            sock.connect(str(path))
+        except OSError as error:
+            raise Unavailable(f"no mill dev runs on {data}", hint="start one with: mill dev") \
+                from error
+        sock.sendall(f"{verb} {name}\n".encode())
+        answer = msgspec.json.decode(sock.makefile("rb").readline(), type=Answer)
+    if answer.what:
+        raise (NotFound if answer.status == 404 else Conflict)(answer.what, hint=answer.hint)
+
+
+def _layout(config: NodeConfig) -> network.Layout:
+    return network.Layout(config.tag, config.name, config.me.number,
+                          tuple(p.number for p in config.peers if p.name != config.name))
+
+
+def _processes_with(config: str) -> list[int]:
+    """Node processes that were started with this configuration."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if b"reconciler.node" in words and config.encode() in words:
+                    found.append(int(entry.name))
+    return found
+
+
+def _host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
