@@ -1,0 +1,1 @@
+"""Commits in: repositories are looked at, read in child processes, and followed by the leader."""
