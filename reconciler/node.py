@@ -14,6 +14,7 @@ import signal
 import string
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import structlog
@@ -43,17 +44,19 @@ from reconciler.executor.leader import Leader
 from reconciler.executor.ledger import CommandRefused, Ledger, StateMachine
 from reconciler.executor.links import Credentials, Links, LogReader
 from reconciler.executor.reading import Reader
+from reconciler.executor.requests import DeployRequest
 from reconciler.fsm import commands as c
 from reconciler.fsm.records import Node as NodeRecord
-from reconciler.fsm.records import Secret
+from reconciler.fsm.records import Origin, Secret, Source
 from reconciler.fsm.seal import unseal
+from reconciler.git.bring import Bring
+from reconciler.git.findings import Commit
 from reconciler.git.poll import Poller
 from reconciler.git.source import Sources
 from reconciler.log.replica import Replica
 from reconciler.log.settings import Member, Settings
 from reconciler.node_backend import Deploys, GitSources, Logs, NodesView
 from reconciler.node_config import NodeConfig, Peer, load
-from reconciler.node_sources import Bringer
 
 log = structlog.get_logger("mill.node")
 
@@ -260,7 +263,7 @@ class Node:
 
     async def _lead(self, term: int) -> None:
         self.links = Links(self.ledger, self.config.name, self.credentials, self.clock)
-        bring = Bringer(self.ledger, self.front)
+        bring = Bring(self.ledger, self._start_commit, self._count_services)
         self.sources = Sources(self.ledger, self.poller.look, bring, self._read_secret)
         sources = self.sources
 
@@ -270,6 +273,21 @@ class Node:
         leader = Leader(self.ledger, self.links, new_alloc_id,
                         others=(self._found, follow_sources))
         await leader.run(term)
+
+    async def _start_commit(self, source: Source, commit: Commit) -> str:
+        """A commit as one deploy, with prune for the services of its source. Without a key: a
+        commit that is tried again is another deploy."""
+        return await self.front.start(DeployRequest(
+            files=commit.files, variables=dict(source.variables), prune=True, owner=source.name,
+            origin=Origin(kind="git", source=source.name, commit=commit.sha,
+                          author=commit.author, subject=commit.subject),
+        ))
+
+    async def _count_services(
+        self, files: Mapping[str, bytes], variables: Mapping[str, str]
+    ) -> int | None:
+        reading = await self.reader.read(files, variables)
+        return None if reading.problems else len(reading.manifest.services)
 
     async def _found(self, _term: int) -> None:
         """Put the cluster and its founding nodes in the log, where they are not there yet."""

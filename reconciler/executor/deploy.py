@@ -221,6 +221,7 @@ class Pipeline:
                 raise DeployFailed(Failure(
                     reason=f"cannot pull {alloc.image}: {report.error}",
                     service=alloc.service, alloc=alloc.id, node=alloc.node,
+                    outside=not report.final,
                 ))
             await asyncio.sleep(PULL_BACKOFF_S[attempt])
 
@@ -313,7 +314,7 @@ class Pipeline:
         if node is None:
             raise DeployFailed(Failure(
                 reason=f"{alloc.node} could not run {alloc.id}: {fault}",
-                service=alloc.service, alloc=alloc.id, node=alloc.node,
+                service=alloc.service, alloc=alloc.id, node=alloc.node, outside=True,
             ))
         new = self.new_id(alloc.service)
         if not await self._say(c.ScheduleAlloc(

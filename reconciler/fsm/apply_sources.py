@@ -31,6 +31,8 @@ def observe_source(state: State, command: c.ObserveSource) -> State | Refused:
     quarantined = source.quarantined
     if command.quarantine and command.quarantine not in quarantined:
         quarantined = (*quarantined, command.quarantine)[-KEPT_QUARANTINED:]
+    if command.applied:
+        quarantined = tuple(commit for commit in quarantined if commit != command.applied)
     seen = replace(
         source, status=command.status, reason=command.reason,
         since_ms=source.since_ms if command.status == source.status else state.time_ms,

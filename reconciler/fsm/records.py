@@ -169,7 +169,10 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a deploy did not go through; `logs` are the last 20 lines of the allocation."""
+    """Why a deploy did not go through; `logs` are the last 20 lines of the allocation.
+
+    `outside`: a node or a registry failed it, not the version, so it may be tried again.
+    """
 
     reason: str
     service: str = ""
@@ -177,6 +180,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     node: str = ""
     logs: tuple[str, ...] = ()
     cancelled: bool = False
+    outside: bool = False
 
 
 class Deploy(msgspec.Struct, frozen=True, kw_only=True):
