@@ -36,6 +36,7 @@ from reconciler.executor.agent.orders import Beat, Report
 from reconciler.executor.agent.runtime import NodeRuntime
 from reconciler.executor.agent.server import AgentServer
 from reconciler.executor.agent.supervise import Supervisor
+from reconciler.executor.confirm import confirm_from
 from reconciler.executor.containerd import network
 from reconciler.executor.containerd.client import Containerd
 from reconciler.executor.containerd.registry import resolve
@@ -271,7 +272,8 @@ class Node:
             await sources.run()
 
         leader = Leader(self.ledger, self.links, new_alloc_id,
-                        others=(self._found, follow_sources))
+                        others=(self._found, follow_sources),
+                        confirm=confirm_from(self.layout.node_path))
         await leader.run(term)
 
     async def _start_commit(self, source: Source, commit: Commit) -> str:

@@ -14,9 +14,9 @@ import structlog
 
 from reconciler.errors import MillError
 from reconciler.executor.agent.orders import AllocReport
-from reconciler.executor.deploy import how_it_ended
 from reconciler.executor.ledger import CommandRefused, Ledger
 from reconciler.executor.links import Link, Links
+from reconciler.executor.stage import how_it_ended
 from reconciler.executor.starting import start_order
 from reconciler.fsm import commands as c
 from reconciler.fsm.records import ENDED, Allocation
@@ -114,6 +114,8 @@ class Heal:
             self._order(alloc, link)
             if alloc.status == "pending":
                 await self._move(alloc, "starting")
+            elif alloc.status == "healthy":
+                await self._move(alloc, "running", "its container is gone")
             return
         match report.phase:
             case "exited" | "error":

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import structlog
 
 from reconciler.errors import MillError
+from reconciler.executor.confirm import Confirm, believe
 from reconciler.executor.deploy import Pipeline
 from reconciler.executor.heal import Heal, another_node
 from reconciler.executor.ledger import Ledger
 from reconciler.executor.links import Links
 from reconciler.executor.retire import Retire
+from reconciler.executor.stage import Stage
 from reconciler.fsm import commands as c
 
 log = structlog.get_logger("mill.leader")
@@ -38,6 +40,7 @@ class Leader:
     links: Links
     new_id: Callable[[str], str]
     others: tuple[Loop, ...] = ()
+    confirm: Confirm = believe
 
     async def run(self, term: int) -> None:
         """Lead in `term` until cancelled."""
@@ -71,9 +74,9 @@ class Leader:
     async def _deploys(self, _term: int) -> None:
         while True:
             state = await self.ledger.until(lambda s: bool(s.active_deploy))
-            pipeline = Pipeline(self.ledger, self.links, state.active_deploy, self.new_id,
-                                another_node)
-            await pipeline.run()
+            stage = Stage(self.ledger, self.links, state.active_deploy, self.new_id,
+                          another_node, self.confirm)
+            await Pipeline(stage).run()
 
     async def _trim(self, _term: int) -> None:
         while True:

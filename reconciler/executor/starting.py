@@ -22,7 +22,7 @@ def start_order(state: State, alloc: Allocation, term: int) -> Start | None:
     return Start(
         term=term, alloc=alloc.id, service=alloc.service, image=alloc.image,
         digest=alloc.digest, address=alloc.address, port=alloc.port,
-        probe=_probe(spec), command=spec.command, entrypoint=spec.entrypoint, user=spec.user,
+        probe=probe_of(spec), command=spec.command, entrypoint=spec.entrypoint, user=spec.user,
         workdir=spec.workdir, read_only=spec.read_only, tmpfs=spec.tmpfs,
         env=_env(state, alloc, spec, pins), cpu_milli=spec.cpu_milli,
         memory_bytes=spec.memory_bytes, stop_timeout_ms=spec.stop_timeout_ms,
@@ -56,7 +56,8 @@ def _pins(state: State, alloc: Allocation) -> tuple[SecretPin, ...]:
     return change.secrets if change else ()
 
 
-def _probe(spec: ServiceSpec) -> Probe:
+def probe_of(spec: ServiceSpec) -> Probe:
+    """How the service's allocations are probed, as an agent is told."""
     health: Health = spec.health
     return Probe(
         kind=health.kind, path=health.path, command=health.command,
