@@ -1,0 +1,1 @@
+"""Messages generated from protos/containerd: run protos/generate.py."""

@@ -1,0 +1,1 @@
+"""containerd for real: a private daemon, pulls, containers."""

@@ -1,0 +1,1 @@
+"""Real images and real registries, for the tests and for the demo."""
