@@ -35,6 +35,7 @@ from reconciler.edge.envoy import EnvoyProcess
 from reconciler.errors import Conflict, MillError, NotFound, Unavailable
 from reconciler.executor.agent.logs import LogStore
 from reconciler.executor.containerd import containers, network
+from reconciler.executor.containerd.cgroups import remove_cgroup
 from reconciler.executor.containerd.client import Containerd
 from reconciler.executor.containerd.daemon import (
     daemon_paths,
@@ -300,6 +301,7 @@ class Dev:
         await asyncio.gather(*(self._end_companions(config) for config in configs))
         await asyncio.gather(*(self._end_containers(config) for config in configs))
         await asyncio.to_thread(stop_daemon, self.data / "containerd")
+        remove_cgroup(f"/mill-{self.tag}")
         await network.sweep(self.tag)
         shutil.rmtree(self.run_folder, ignore_errors=True)
 
@@ -345,6 +347,7 @@ class Dev:
                         os.kill(pid, signal.SIGKILL)
                     await self._end_companions(load(config))
             await asyncio.to_thread(purge_daemon, self.data / "containerd")
+            remove_cgroup(f"/mill-{self.tag}")
             await network.sweep(self.tag)
             shutil.rmtree(self.run_folder, ignore_errors=True)
         shutil.rmtree(self.data, ignore_errors=True)

@@ -136,8 +136,10 @@ class Node:
                 tasks.append(group.create_task(self._tidy(runtime)))
                 await api.start(host=self.config.me.host, port=self.config.me.api_port)
                 log.info("serving", node=self.config.name, api=self.config.me.api_port)
-                await self._until_stopped(stop)
-                await api.stop()
+                try:
+                    await self._until_stopped(stop)
+                finally:
+                    await api.stop()
                 await self.replica.stop()
                 if self.agent is not None:
                     await self.agent.stop()

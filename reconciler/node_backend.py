@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -67,8 +68,9 @@ class Logs:
     async def follow(self, alloc: Allocation, tail: int, follow: bool) -> AsyncIterator[LogLine]:
         """The last lines, then as they come."""
         request = LogRequest(alloc=alloc.id, tail=tail, follow=follow)
-        async for line in self.reader.follow(alloc.node, request):
-            yield LogLine(line.ts, alloc.id, line.stream, line.line)
+        async with contextlib.aclosing(self.reader.follow(alloc.node, request)) as lines:
+            async for line in lines:
+                yield LogLine(line.ts, alloc.id, line.stream, line.line)
 
 
 @dataclass(frozen=True)

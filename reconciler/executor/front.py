@@ -89,19 +89,25 @@ class Front:
     async def _start(
         self, admit: Callable[[], Awaitable[Admitted | Repeated]], turn_s: float
     ) -> str:
-        async with asyncio.timeout(turn_s or None):
-            while True:
-                try:
-                    async with self._one_at_a_time:
-                        return await self._admitted(admit)
-                except DeployRunning as running:
-                    if not turn_s:
-                        raise
-                    await self._over(running.deploy)
+        loop = asyncio.get_running_loop()
+        turn_ends = loop.time() + turn_s
+        while True:
+            try:
+                async with self._one_at_a_time:
+                    return await self._admitted(admit)
+            except DeployRunning as running:
+                if loop.time() >= turn_ends or not await self._over(running.deploy, turn_ends):
+                    raise
 
-    async def _over(self, deploy_id: str) -> None:
-        await self.ledger.until(
-            lambda s: deploy_id not in s.deploys or s.deploys[deploy_id].finished)
+    async def _over(self, deploy_id: str, by: float) -> bool:
+        """Wait for the deploy's end; False where it goes on past the loop's time `by`."""
+        try:
+            async with asyncio.timeout_at(by):
+                await self.ledger.until(
+                    lambda s: deploy_id not in s.deploys or s.deploys[deploy_id].finished)
+        except TimeoutError:
+            return False
+        return True
 
     async def _admitted(self, admit: Callable[[], Awaitable[Admitted | Repeated]]) -> str:
         for attempt in range(TRIES):

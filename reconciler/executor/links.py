@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -230,7 +230,7 @@ class LogReader:
         self._ledger = ledger
         self._credentials = credentials
 
-    async def follow(self, node: str, request: LogRequest) -> AsyncIterator[LogLine]:
+    async def follow(self, node: str, request: LogRequest) -> AsyncGenerator[LogLine, None]:
         """The lines; Unavailable where the node does not answer."""
         record = self._ledger.state.nodes.get(node)
         if record is None:

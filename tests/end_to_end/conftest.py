@@ -16,7 +16,8 @@ import pytest
 from reconciler.api.client import Client, DeployOptions
 from reconciler.dev import Dev, Founding, Options
 from tests.images.build import publish_demo_images
-from tests.images.registry import free_port, local_registry
+from tests.images.registry import local_registry
+from tests.ports import free_base
 
 
 def needs_containers() -> str:
@@ -56,15 +57,10 @@ class Cluster:
         return seen
 
 
-def free_base() -> int:
-    """A base port whose 30 ports are very likely free."""
-    return free_port() // 100 * 100 % 20_000 + 20_000
-
-
 @contextlib.asynccontextmanager
 async def running(folder: Path, registry: str, nodes: int = 3) -> AsyncIterator[Cluster]:
     said: list[str] = []
-    dev = Dev(Options(nodes=nodes, data=folder, base_port=free_base()), said.append)
+    dev = Dev(Options(nodes=nodes, data=folder, base_port=free_base(nodes)), said.append)
     try:
         async with dev.up() as founding:
             yield Cluster(dev, founding, registry, said)

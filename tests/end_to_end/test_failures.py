@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from reconciler.dev import Dev, Options, _processes_with
-from tests.end_to_end.conftest import Cluster, eventually, free_base, running
+from tests.end_to_end.conftest import Cluster, eventually, running
 from tests.end_to_end.seed import SEED, answering
+from tests.ports import free_base
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(300)]
 

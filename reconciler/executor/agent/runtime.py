@@ -25,6 +25,7 @@ from reconciler.executor.agent.orders import (
 from reconciler.executor.agent.probe import Target
 from reconciler.executor.agent.supervise import Exit, Found, StartFailed
 from reconciler.executor.containerd import containers, network
+from reconciler.executor.containerd.cgroups import oom_kills
 from reconciler.executor.containerd.client import Absent, Containerd, RuntimeFailed
 from reconciler.executor.containerd.network_namespace import socket_in
 from reconciler.executor.containerd.probe import exec_probe
@@ -110,12 +111,14 @@ class NodeRuntime:
     async def wait(self, alloc: str) -> Exit:
         """Until it has ended; what is gone has ended as killed."""
         try:
-            end = await wait(self._client, alloc)
+            code = (await wait(self._client, alloc)).code
         except Absent:
-            return Exit(KILLED, oom=alloc in self._oom)
-        if end.code == KILLED and alloc not in self._oom:
+            code = KILLED
+        if code != KILLED:
+            return Exit(code, oom=False)
+        if alloc not in self._oom and not oom_kills(f"{self._cgroups}/{alloc}"):
             await asyncio.sleep(OOM_PATIENCE_S)
-        return Exit(end.code, oom=end.code == KILLED and alloc in self._oom)
+        return Exit(code, oom=alloc in self._oom or oom_kills(f"{self._cgroups}/{alloc}") > 0)
 
     async def stop(self, alloc: str, grace_s: float) -> None:
         """Nothing of it is left but its log, which stays as long as its record."""
