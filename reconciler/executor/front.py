@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from reconciler.errors import Conflict, MillError, NotFound
 from reconciler.executor.admit import Admission, Admitted, DeployRunning, Repeated
@@ -22,14 +22,13 @@ TRIES = 3
 """Admissions of one request: the state may move between the plan and its proposal."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Front:
     """Admits and starts deploys, on the leader."""
 
     ledger: Ledger
     admission: Admission
     links: Callable[[], Links | None]
-    _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def plan(self, request: DeployRequest) -> PlanView:
         """What `start` would do."""
@@ -93,8 +92,7 @@ class Front:
         turn_ends = loop.time() + turn_s
         while True:
             try:
-                async with self._one_at_a_time:
-                    return await self._admitted(admit)
+                return await self._admitted(admit)
             except DeployRunning as running:
                 if loop.time() >= turn_ends or not await self._over(running.deploy, turn_ends):
                     raise
@@ -119,8 +117,8 @@ class Front:
                     await self.ledger.propose(store)
                 return f"d-{await self.ledger.propose(admitted.start)}"
             except CommandRefused as refused:
-                if self.ledger.state.active_deploy:
-                    raise DeployRunning(self.ledger.state.active_deploy) from refused
+                # The next admission says what holds now: another deploy runs, this key has made
+                # one, or it is planned anew.
                 if attempt == TRIES - 1:
-                    raise
+                    raise Conflict(refused.what, hint=refused.hint) from refused
         raise MillError("the deploy could not be started", hint="try again")

@@ -23,12 +23,12 @@ class Pulls:
 
     async def run(self) -> None:
         """Until all are there. Raises DeployFailed (in a group) where one cannot be had."""
-        wanted: dict[tuple[str, str], Allocation] = {}
+        wanted: dict[tuple[str, str, str], Allocation] = {}
         for alloc in self.stage.ledger.state.of_deploy(self.stage.deploy_id):
             if alloc.status not in ENDED:
-                wanted.setdefault((alloc.image, alloc.node), alloc)
+                wanted.setdefault((alloc.image, alloc.node, alloc.digest), alloc)
         async with asyncio.TaskGroup() as group:
-            for (image, node), alloc in sorted(wanted.items()):
+            for (image, node, _), alloc in sorted(wanted.items()):
                 if (image, node) not in self.stage.deploy.pulled:
                     group.create_task(self.one(alloc))
         if not self.stage.deploy.pulls_done:

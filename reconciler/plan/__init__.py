@@ -1,0 +1,1 @@
+"""Manifest and state → plan: what changes, and where it runs. Pure."""
