@@ -1,0 +1,1 @@
+"""The whole way on one machine, as a person would walk it: `make demo`."""
