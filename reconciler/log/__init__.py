@@ -1,0 +1,1 @@
+"""One order for everybody: a replicated log of opaque commands, Raft underneath."""

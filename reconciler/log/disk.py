@@ -1,0 +1,163 @@
+"""The log's only door to the file system, so that a test or a simulated disk can stand in.
+
+Nothing here is retried: after a failed write or sync nobody knows what the disk holds
+(the kernel may have dropped the dirty pages), so the caller has to stop.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from reconciler.log.errors import LogFailed
+
+
+class File(Protocol):
+    """One open file. All methods raise OSError."""
+
+    def write_at(self, offset: int, data: bytes) -> None:
+        """Write all of `data`; durable only after `sync`."""
+        ...
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Make room filled with zeros, so that later syncs touch no metadata."""
+        ...
+
+    def sync(self) -> None:
+        """Return once everything written is on the disk."""
+        ...
+
+    def close(self) -> None:
+        """Give the file back, without syncing it."""
+        ...
+
+
+class Disk(Protocol):
+    """One folder. All methods raise OSError."""
+
+    def read(self, name: str) -> bytes | None:
+        """The whole content, or None where there is no such file."""
+        ...
+
+    def create(self, name: str) -> File:
+        """A new empty file, in place of any of that name."""
+        ...
+
+    def open(self, name: str) -> File:
+        """An existing file, to write into."""
+        ...
+
+    def rename(self, old: str, new: str) -> None:
+        """Put `old` in the place of `new`; durable only after `sync_folder`."""
+        ...
+
+    def sync_folder(self) -> None:
+        """Return once the names are on the disk."""
+        ...
+
+    def where(self, name: str) -> str:
+        """The path for messages."""
+        ...
+
+
+def replace_file(disk: Disk, name: str, parts: Iterable[bytes]) -> int:
+    """Put a whole new content in the place of `name`, all of it or nothing; returns its size.
+
+    Written beside, synced, renamed, the folder synced: the old content stays until the
+    new one is durable.
+    """
+    beside = f"{name}.new"
+    offset = 0
+    file = disk.create(beside)
+    try:
+        for part in parts:
+            file.write_at(offset, part)
+            offset += len(part)
+        file.sync()
+    finally:
+        file.close()
+    disk.rename(beside, name)
+    disk.sync_folder()
+    return offset
+
+
+class OsFile:
+    """A file descriptor."""
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self._fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+    def write_at(self, offset: int, data: bytes) -> None:
+        """Write all of `data`; the kernel may take it in pieces."""
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._fd, view, offset)
+            view = view[written:]
+            offset += written
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Allocate, and make the new length durable now."""
+        os.posix_fallocate(self._fd, offset, length)
+        os.fsync(self._fd)
+
+    def sync(self) -> None:
+        """Fdatasync: the data and the length."""
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+
+class OsDisk:
+    """A real folder, root-only, held by one process at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder
+        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise LogFailed(
+                "another process holds this log", at=str(folder), hint="stop the other agent first"
+            ) from error
+
+    def read(self, name: str) -> bytes | None:
+        """The whole content, or None."""
+        try:
+            return (self._folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def create(self, name: str) -> OsFile:
+        """A new empty file."""
+        return OsFile(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+
+    def open(self, name: str) -> OsFile:
+        """An existing file."""
+        return OsFile(self._folder / name, os.O_RDWR)
+
+    def rename(self, old: str, new: str) -> None:
+        """Atomic within the folder (rename(2))."""
+        os.replace(self._folder / old, self._folder / new)
+
+    def sync_folder(self) -> None:
+        """Fsync of the folder itself: without it a rename may be undone by a power cut."""
+        fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def where(self, name: str) -> str:
+        """The path for messages."""
+        return str(self._folder / name)
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        os.close(self._lock)

@@ -1,0 +1,309 @@
+"""pysyncobj's Raft made safe: its elections and its counting of commits, our everything else.
+
+Kept of it: the tick, terms, votes, election timeouts, the leader's commit rule, stepping
+down without a majority, the transfer of leadership. Replaced: journal, snapshots,
+replication (`replication`), application, proposals, reads (`reads`), transport; added:
+pre-vote (`elections`). All of it runs in one thread, which `doTick` drives; an exception
+from it means that the node must stop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pysyncobj.config import SyncObjConf
+
+from reconciler.errors import MillError
+from reconciler.log import pinned, snapshot, wire
+from reconciler.log.core import Core, CoreJournal, Listener, Peer, PeerTransport
+from reconciler.log.elections import HASTE, Elections
+from reconciler.log.errors import LogFailed, NotLeader, OutcomeUnknown
+from reconciler.log.journal import Journal, check_beside_snapshot
+from reconciler.log.reads import Reads
+from reconciler.log.records import Entry
+from reconciler.log.replication import ProtocolBroken, Replication
+from reconciler.log.settings import Machine, Timing
+from reconciler.log.snapshot import Snapshot, Snapshots
+
+COMMAND, NO_OP = b"\0", b"\1"  # the first byte of an entry, as pysyncobj has it
+APPLIED_PER_TICK = 2048  # so that a long replay does not silence the heartbeats
+TAKEN_PER_TICK_BYTES = 4 << 20  # of proposals, for the same reason
+KEPT_FOR_FOLLOWERS = 4  # 1/4 of snapshot_bytes stays in the journal for those a little behind
+
+ProposalDone = Callable[[int, object, "MillError | None"], None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a node of the log is made of."""
+
+    journal: Journal
+    snapshots: Snapshots
+    machine: Machine
+    transport: PeerTransport
+    poller: object  # pysyncobj calls its poll(timeout_s)
+    listener: Listener
+
+
+class Raft(Core):
+    """One voter. Only `propose` and `reads.ask` may be called from another thread."""
+
+    def __init__(
+        self, me: str, others: list[str], parts: Parts, timing: Timing, snapshot_bytes: int
+    ) -> None:
+        self.journal, self.snapshots = parts.journal, parts.snapshots
+        self.machine, self.listener = parts.machine, parts.listener
+        self.transport = parts.transport
+        self.elections, self.reads = Elections(self), Reads(self)
+        self.replication = Replication(self)
+        self._inbox: deque[tuple[bytes, ProposalDone]] = deque()
+        self._waiting: dict[int, tuple[int, ProposalDone]] = {}  # index -> term, whom to tell
+        self._voters: tuple[int, set[str]] = (0, set())
+        self._announced = False
+        self._resigning = False
+        self._snapshot_bytes, self._compact_at = snapshot_bytes, snapshot_bytes
+        self.peers = sorted((Peer(name) for name in others), key=lambda peer: str(peer.id))
+        self.transport.raft = self
+        conf = SyncObjConf(
+            autoTick=False, appendEntriesUseBatch=False, useFork=False, fullDumpFile=None,
+            dynamicMembershipChange=False, commandsWaitLeader=False,
+            raftMinTimeout=timing.election_min_s, raftMaxTimeout=timing.election_max_s,
+            appendEntriesPeriod=timing.heartbeat_s, leaderFallbackTimeout=timing.step_down_s,
+            connectionTimeout=timing.silence_s, connectionRetryTime=timing.redial_s,
+            journalFile=CoreJournal(parts.journal), pollerType=parts.poller,
+        )  # fmt: skip
+        super().__init__(Peer(me), self.peers, conf, nodeClass=Peer, transport=parts.transport)
+        self._load()
+        self.journal.sync()
+        self.postpone_election(HASTE if self.peers else 0.0)
+
+    # What the parts around move.
+
+    def follow_leader(self, peer: Peer, term: int) -> None:
+        """A leader of this or a later term spoke."""
+        self.elections.heard_leader()
+        heartbeat = {"type": "append_entries", "term": term, "commit_index": self.commit_index}
+        self._onMessage(peer, heartbeat)
+
+    def send_heartbeat(self) -> None:
+        """To all followers, now."""
+        self._SyncObj__sendAppendEntries()
+
+    # From other threads.
+
+    def propose(self, command: bytes, done: ProposalDone) -> None:
+        """Queue a command; `done(index, result, error)` is called in the raft thread."""
+        self._inbox.append((command, done))
+
+    # The raft thread.
+
+    def doTick(self, timeToWait: float = 0.0) -> None:
+        """One round: elect, commit, apply, propose, then wait for the network and answer it."""
+        self.elections.gate()
+        self.reads.start()
+        self.journal.sync()  # the leader counts its own copy: it must be durable by then
+        super().doTick(timeToWait)
+        self.journal.sync()
+        self.replication.release()
+        self.reads.settle()
+        if self._resigning:
+            self._hand_over()
+        self.listener.flush()
+
+    def resign(self) -> None:
+        """Take no more proposals, and hand leadership to the follower that has everything."""
+        self._resigning = True
+
+    def fail_waiting(self, why: str) -> None:
+        """Answer everybody who still waits; for a node that stops."""
+        self._drop_waiting(why)
+        while self._inbox:
+            self._inbox.popleft()[1](0, None, NotLeader(self.other_leader))
+
+    def receive(self, peer: Peer, message: wire.Message) -> None:
+        """Act on one message of a peer."""
+        match message:
+            case wire.Append():
+                self.replication.on_append(peer, message)
+            case wire.Ack():
+                self.replication.on_ack(peer, message)
+            case wire.Chunk():
+                self.replication.on_chunk(peer, message)
+            case wire.PreVote():
+                self.elections.on_pre_vote(peer, message)
+            case wire.PreVoteReply():
+                self.elections.on_reply(peer, message)
+            case wire.HigherTerm(term):
+                if term > self.term:
+                    self.follow_term(term)
+            case wire.RequestVote(term, last_index, last_term):
+                ask = {"type": "request_vote", "term": term}
+                self._onMessage(
+                    peer, ask | {"last_log_index": last_index, "last_log_term": last_term}
+                )
+            case wire.Vote(term):
+                self._on_vote(peer, term)
+            case wire.TimeoutNow(term):
+                self._onMessage(peer, {"type": "timeout_now", "term": term})
+            case other:
+                raise ProtocolBroken(f"{type(other).__name__} is no message between nodes")
+
+    def install(self, received: Snapshot, data: bytes) -> None:
+        """Put a verified snapshot of the leader in the place of everything here."""
+        self.snapshots.store(data)
+        self.machine.load(received.state)
+        self.journal.reset(Entry(NO_OP, received.index, received.term))
+        self._begin_at(received.index)
+        self.listener.moved(received.index)
+
+    def _onMessage(self, peer: Peer, message: dict[str, Any]) -> None:
+        self._SyncObj__onMessageReceived(peer, message)
+
+    def _on_vote(self, peer: Peer, term: int) -> None:
+        if self._voters[0] != term:
+            self._voters = (term, set())
+        if peer.id not in self._voters[1]:  # pysyncobj counts messages, not voters
+            self._voters[1].add(peer.id)
+            self._onMessage(peer, {"type": "response_vote", "term": term})
+
+    def _load(self) -> None:
+        stored, first = self.snapshots.load(), self.journal[0]
+        if stored is None:
+            check_beside_snapshot(self.journal, 1, self.snapshots.path)
+            return
+        check_beside_snapshot(self.journal, stored.index, self.snapshots.path)
+        self.machine.load(stored.state)
+        if not self.journal.holds(stored.index, stored.term):
+            # Killed between storing a leader's snapshot and resetting the journal.
+            assert first.index <= stored.index
+            self.journal.reset(Entry(NO_OP, stored.index, stored.term))
+        self._begin_at(stored.index)
+
+    def _begin_at(self, index: int) -> None:
+        self._SyncObj__raftLastApplied = index
+        self.advance_commit(index)
+        self._compact_at = self.journal.size_bytes + self._snapshot_bytes
+
+    def _hand_over(self) -> None:
+        if not self.is_raft_leader or self._waiting:
+            return
+        ready = [
+            peer
+            for peer in self.peers
+            if peer in self.connected_peers
+            and self.match_index.get(peer, 0) == self.journal.last.index
+        ]
+        if ready:
+            self._resigning = False
+            self.transport.transmit(ready[0], wire.TimeoutNow(self.term))
+
+    def _drop_waiting(self, why: str) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for _, done in waiting.values():
+            done(0, None, OutcomeUnknown(why))
+
+    # pysyncobj's own methods, replaced or extended (`pinned.OVERRIDDEN`).
+
+    def _SyncObj__setState(self, newState: int) -> None:
+        was_leader = self.is_raft_leader
+        super()._SyncObj__setState(newState)
+        if was_leader and not self.is_raft_leader:
+            if self._SyncObj__raftLeader is self.selfNode:
+                self._SyncObj__raftLeader = None
+            self._drop_waiting("this node lost its leadership before the commit")
+            if self._announced:
+                self._announced = False
+                self.listener.led(False, self.term)
+
+    def _SyncObj__onBecomeLeader(self) -> None:
+        super()._SyncObj__onBecomeLeader()
+        self.journal.sync()
+
+    def _SyncObj__sendAppendEntries(self) -> None:
+        self._SyncObj__newAppendEntriesTime = pinned.now() + self.conf.appendEntriesPeriod
+        self.replication.broadcast()
+
+    def _SyncObj__applyLogEntries(self) -> bool:
+        """Apply what is committed; False, for pysyncobj need not send what was sent here."""
+        start = self.applied_index
+        for index in range(start + 1, min(self.commit_index, start + APPLIED_PER_TICK) + 1):
+            entry = self.journal.entry(index)
+            assert entry is not None, "a committed entry is held until it is applied"
+            self._apply(entry)
+        if self.applied_index == start:
+            return False
+        self.listener.moved(self.applied_index)
+        if self.applied_index < self.commit_index:
+            self.transport.soon()
+        if self.is_serving and not self._announced:
+            self._announced = True
+            self.listener.led(True, self.term)
+        # What is queued carries the commit index as well, and leaves in this very tick.
+        if self.is_raft_leader and not self._inbox:
+            self.replication.announce_commit()
+        return False
+
+    def _apply(self, entry: Entry) -> None:
+        match entry.command[:1]:
+            case b"\0":
+                result = self.machine.apply(entry.index, entry.command[1:])
+            case b"\1":
+                result = None
+            case kind:
+                raise LogFailed(
+                    f"entry {entry.index} is of kind {kind!r}, which this version does not know",
+                    hint="run the version of mill that the other nodes run",
+                )
+        self._SyncObj__raftLastApplied = entry.index
+        waiting = self._waiting.pop(entry.index, None)
+        if waiting is not None:
+            term, done = waiting
+            assert term == entry.term, "who waits was told when the leadership was lost"
+            done(entry.index, result, None)
+
+    def _checkCommandsToApply(self) -> None:
+        """Take what is queued: one message to each follower, then one sync beside theirs."""
+        self.listener.flush()
+        if not self.is_raft_leader or self._resigning:
+            while self._inbox:
+                self._inbox.popleft()[1](0, None, NotLeader(self.other_leader))
+            return
+        taken = 0
+        while self._inbox and taken < TAKEN_PER_TICK_BYTES:
+            command, done = self._inbox.popleft()
+            index = self.journal.last.index + 1
+            self.journal.append(Entry(COMMAND + command, index, self.term))
+            self._waiting[index] = (self.term, done)
+            taken += len(command)
+        if self._inbox or (taken and not self.peers):
+            self.transport.soon()
+        if taken:
+            self._SyncObj__sendAppendEntries()
+            self.journal.sync()
+
+    def _SyncObj__tryLogCompaction(self) -> None:
+        journal = self.journal
+        if journal.size_bytes < self._compact_at or self.applied_index <= journal.first:
+            return
+        entry = journal.entry(self.applied_index)
+        assert entry is not None, "the entry applied last is held"
+        state = Snapshot(entry.index, entry.term, self.machine.dump())
+        self.snapshots.store(snapshot.encode(state))
+        self.replication.forget_transfers()
+        journal.compact(journal.start_of(entry.index, self._snapshot_bytes // KEPT_FOR_FOLLOWERS))
+        self._compact_at = journal.size_bytes + self._snapshot_bytes
+
+    def _applyCommand(self, *_arguments: object) -> NoReturn:
+        raise AssertionError("commands enter by `propose`")
+
+    def _SyncObj__doApplyCommand(self, *_arguments: object) -> NoReturn:
+        raise AssertionError("entries are applied by `_apply`")
+
+    def _SyncObj__loadDumpFile(self, *_arguments: object) -> NoReturn:
+        raise AssertionError("snapshots are loaded by `_load` and `install`")
+
+    def _SyncObj__parseChangeClusterRequest(self, *_arguments: object) -> NoReturn:
+        raise AssertionError("the members do not change yet")

@@ -1,0 +1,222 @@
+"""The log as the rest of a node sees it: asyncio in front, the raft thread behind.
+
+One thread owns everything of Raft. Commands and reads go in through queues that wake it;
+results, the applied index and leadership come back through one `call_soon_threadsafe` for
+all that happened in a tick. If that thread ever raises, this node's log is over (`fatal`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from reconciler.errors import MillError
+from reconciler.log.engine import Engine, News, Status
+from reconciler.log.errors import (
+    CommandTooLarge,
+    LogBusy,
+    LogDamaged,
+    LogFailed,
+    NoMajority,
+    NotLeader,
+    OutcomeUnknown,
+)
+from reconciler.log.settings import Machine, Member, Settings, Timing
+from reconciler.log.wire import MAX_COMMAND_BYTES
+
+__all__ = [
+    "CommandTooLarge", "LogBusy", "LogDamaged", "LogFailed", "Machine", "Member", "NoMajority",
+    "NotLeader", "OutcomeUnknown", "Replica", "Settings", "Timing",
+]  # fmt: skip
+
+MAX_PROPOSALS = 4096  # under way at once; what is more would only wait
+MAX_PROPOSED_BYTES = 64 << 20  # of them together, so that memory is bounded
+MAX_READS = 16384  # under way at once
+HANDOVER_S = 2.0  # an election and its first commit; then this node stops all the same
+
+
+class Replica:
+    """One node's copy of the log. All methods belong to the loop in which `start` ran."""
+
+    fatal: asyncio.Future[None]
+
+    def __init__(self, settings: Settings, machine: Machine) -> None:
+        self._settings, self._machine = settings, machine
+        self._status = Status()
+        self._on_applied: list[Callable[[int], None]] = []
+        self._on_leadership: list[Callable[[bool, int], None]] = []
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._engine: Engine | None = None
+        self._stopping = False
+        self._proposals, self._proposed_bytes, self._reads = 0, 0, 0
+
+    @property
+    def is_leader(self) -> bool:
+        """Leads, with everything ever committed applied here. Another may lead already."""
+        return self._status.leading
+
+    @property
+    def leader(self) -> str | None:
+        """The last known leader's name."""
+        return self._status.leader
+
+    @property
+    def term(self) -> int:
+        """The current term."""
+        return self._status.term
+
+    @property
+    def applied_index(self) -> int:
+        """The highest index that this node's machine has applied."""
+        return self._status.applied_index
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All voters, this node among them."""
+        return self._settings.members
+
+    def on_applied(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(applied_index)` in the loop after it moved; many steps are one call."""
+        self._on_applied.append(callback)
+
+    def on_leadership(self, callback: Callable[[bool, int], None]) -> None:
+        """Call `callback(leading, term)` in the loop, each change in its order."""
+        self._on_leadership.append(callback)
+
+    async def start(self) -> None:
+        """Open the folder and begin; raises LogDamaged (file and byte) or LogFailed."""
+        assert self._engine is None, "a replica starts once"
+        loop = asyncio.get_running_loop()
+        self.fatal = loop.create_future()
+        # Nobody has to await it: not looking at it must not be an error of its own.
+        self.fatal.add_done_callback(lambda future: future.cancelled() or future.exception())
+        engine = await asyncio.to_thread(Engine, self._settings, self._machine, loop, self._deliver)
+        self._engine = engine
+        self._status = engine.status()
+        engine.start()
+
+    async def stop(self) -> None:
+        """Hand leadership over where possible, then end the thread and close the files."""
+        engine = self._engine
+        if engine is None or self._stopping:
+            return
+        self._stopping = True
+        if self.is_leader and len(self.members) > 1 and not self.fatal.done():
+            engine.resign()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HANDOVER_S):
+                    await self._leadership_lost()
+        await asyncio.to_thread(engine.stop)
+        for _, waiter in self._waiters:
+            waiter.cancel()
+        if not self.fatal.done():
+            self.fatal.cancel()
+
+    async def propose(self, command: bytes, timeout_s: float = 10.0) -> tuple[int, object]:
+        """Write one command: its index and the machine's result, committed and applied here.
+
+        Raises NotLeader, LogBusy, CommandTooLarge (nothing was written), or OutcomeUnknown.
+        """
+        engine = self._running()
+        if len(command) > MAX_COMMAND_BYTES:
+            raise CommandTooLarge(len(command), MAX_COMMAND_BYTES)
+        if (
+            self._proposals >= MAX_PROPOSALS
+            or self._proposed_bytes + len(command) > MAX_PROPOSED_BYTES
+        ):
+            raise LogBusy(self._proposals)
+        future: asyncio.Future[tuple[int, object]] = engine.loop.create_future()
+
+        def done(index: int, result: object, error: MillError | None) -> None:
+            engine.tell(future, (index, result), error)
+
+        self._proposals += 1
+        self._proposed_bytes += len(command)
+        try:
+            engine.propose(command, done)
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError as error:
+            raise OutcomeUnknown(f"no commit within {timeout_s:g} s") from error
+        finally:
+            self._proposals -= 1
+            self._proposed_bytes -= len(command)
+
+    async def read_index(self, timeout_s: float = 5.0) -> int:
+        """Wait until this leader's state is at least as new as this call; its index then.
+
+        Raises NotLeader, or NoMajority when too few nodes answer in time.
+        """
+        engine = self._running()
+        if self._reads >= MAX_READS:
+            raise LogBusy(self._reads)
+        future: asyncio.Future[int] = engine.loop.create_future()
+
+        def done(index: int, error: MillError | None) -> None:
+            engine.tell(future, index, error)
+
+        self._reads += 1
+        try:
+            engine.ask(done)
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError as error:
+            raise NoMajority(f"no confirmation within {timeout_s:g} s") from error
+        finally:
+            self._reads -= 1
+
+    async def confirm_leader(self, timeout_s: float = 5.0) -> int:
+        """The term in which this node is, right now, the one leader; raises like `read_index`."""
+        await self.read_index(timeout_s)
+        return self.term
+
+    async def wait_applied(self, index: int, timeout_s: float) -> None:
+        """Return once `index` is applied here; raises NoMajority after `timeout_s`."""
+        self._running()
+        if self.applied_index >= index:
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append((index, waiter))
+        try:
+            await asyncio.wait_for(waiter, timeout_s)
+        except TimeoutError as error:
+            raise NoMajority(
+                f"entry {index} is not here after {timeout_s:g} s; at {self.applied_index}"
+            ) from error
+        finally:
+            self._waiters = [each for each in self._waiters if each[1] is not waiter]
+
+    def _running(self) -> Engine:
+        if self._engine is None or self._stopping:
+            raise NotLeader
+        if self.fatal.done():
+            raise LogFailed("this node's log has stopped", hint="look at the agent's own log")
+        return self._engine
+
+    async def _leadership_lost(self) -> None:
+        lost = asyncio.Event()
+
+        def changed(leading: bool, _term: int) -> None:
+            if not leading:
+                lost.set()
+
+        self.on_leadership(changed)
+        if self.is_leader:
+            await lost.wait()
+
+    def _deliver(self, news: News) -> None:
+        """In the loop: all that one or more ticks brought, in the order that callers rely on."""
+        moved = news.status.applied_index != self._status.applied_index
+        self._status = news.status
+        for answer in news.answers:
+            answer()
+        for leading, term in news.leadership:
+            for on_leadership in tuple(self._on_leadership):
+                on_leadership(leading, term)
+        if moved:
+            for index, waiter in self._waiters:
+                if index <= self.applied_index and not waiter.done():
+                    waiter.set_result(None)
+            for on_applied in tuple(self._on_applied):
+                on_applied(self.applied_index)
+        if news.fatal is not None and not self.fatal.done():
+            self.fatal.set_exception(news.fatal)

@@ -1,0 +1,71 @@
+"""What a log's node is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class Machine(Protocol):
+    """The state machine that the log drives; called in the raft thread alone."""
+
+    def apply(self, index: int, command: bytes) -> object:
+        """Obey the command of entry `index`; total, must not raise.
+
+        The result goes to the proposer on this node, if there is one, and nowhere else.
+        """
+        ...
+
+    def dump(self) -> bytes:
+        """The whole state; `load` of it must give the same state on every node."""
+        ...
+
+    def load(self, snapshot: bytes) -> None:
+        """Take over a state in place of the present one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Member:
+    """One voter: its name (also in its certificate), and where its log listens."""
+
+    name: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds. An election timeout is drawn anew from [election_min_s, election_max_s]."""
+
+    election_min_s: float = 0.6
+    election_max_s: float = 1.2
+    heartbeat_s: float = 0.1
+    step_down_s: float = 1.0  # a leader that no majority answers for so long lets go
+    redial_s: float = 0.3
+    silence_s: float = 2.0  # a connection, or a handshake, that is silent for so long is closed
+    tick_s: float = 0.05  # the longest wait of the raft thread
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One node of the log.
+
+    `members` includes `me`. The three files are PEM: the cluster's CA, this node's
+    certificate (its name as a DNS subject alternative name), its key.
+    """
+
+    folder: Path
+    me: Member
+    members: tuple[Member, ...]
+    ca_file: Path
+    cert_file: Path
+    key_file: Path
+    snapshot_bytes: int = 8 << 20  # of journal since the last snapshot
+    timing: Timing = Timing()
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in self.members]
+        assert self.me in self.members, "a node is one of its cluster's members"
+        assert len(set(names)) == len(names), "members have different names"

@@ -1,0 +1,76 @@
+"""Snapshots: the machine's state at one index, in place of all entries up to it."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+from reconciler.log.disk import Disk, replace_file
+from reconciler.log.errors import LogDamaged, LogFailed
+
+NAME = "snapshot"
+MAGIC = b"mill snapshot 1\n"
+MAX_BYTES = 1 << 30  # a live state is megabytes; bounds what a peer can make this node hold
+_HEAD = struct.Struct("<QQQ")  # index, term, length of the state
+_CRC = struct.Struct("<I")  # over head and state
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after applying the entry `index`, whose term was `term`."""
+
+    index: int
+    term: int
+    state: bytes
+
+
+def encode(snapshot: Snapshot) -> bytes:
+    """The file, and what crosses the network: magic, head, checksum, state."""
+    head = _HEAD.pack(snapshot.index, snapshot.term, len(snapshot.state))
+    return MAGIC + head + _CRC.pack(zlib.crc32(snapshot.state, zlib.crc32(head))) + snapshot.state
+
+
+def decode(data: bytes, path: str) -> Snapshot:
+    """Verify and read; raises LogDamaged."""
+    body = len(MAGIC) + _HEAD.size + _CRC.size
+    if len(data) < body or not data.startswith(MAGIC):
+        raise LogDamaged("the snapshot does not begin as one", path, 0)
+    index, term, length = _HEAD.unpack_from(data, len(MAGIC))
+    head, state = data[len(MAGIC) : len(MAGIC) + _HEAD.size], data[body:]
+    if len(state) != length:
+        raise LogDamaged(f"the snapshot has {len(state)} bytes of {length}", path, len(data))
+    if zlib.crc32(state, zlib.crc32(head)) != _CRC.unpack_from(data, body - _CRC.size)[0]:
+        raise LogDamaged("the snapshot's checksum does not match", path, body)
+    return Snapshot(index, term, state)
+
+
+class Snapshots:
+    """The one snapshot of this node; the former one stays until the next is durable."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self.path = disk.where(NAME)
+
+    def load(self) -> Snapshot | None:
+        """The snapshot, verified; None where there is none. Raises LogDamaged, LogFailed."""
+        data = self.read()
+        return None if data is None else decode(data, self.path)
+
+    def read(self) -> bytes | None:
+        """The file as it is, to send to a follower; LogFailed where the disk fails."""
+        try:
+            return self._disk.read(NAME)
+        except OSError as error:
+            raise LogFailed(f"the snapshot cannot be read: {error}", at=self.path) from error
+
+    def store(self, data: bytes) -> None:
+        """Replace the snapshot by `data` (from `encode`); raises LogFailed."""
+        try:
+            replace_file(self._disk, NAME, (data,))
+        except OSError as error:
+            raise LogFailed(
+                f"the snapshot cannot be written: {error.strerror or error}",
+                at=self.path,
+                hint="free the disk or replace it, then start the agent again",
+            ) from error

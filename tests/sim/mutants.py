@@ -1,0 +1,226 @@
+"""The log with one promise broken on purpose: the simulation has to notice each.
+
+`python -m tests.sim.mutants --seeds 0..300` says after how many seeds it did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+
+from reconciler.log import snapshot
+from reconciler.log.core import CoreJournal
+from reconciler.log.hardening import Raft
+from reconciler.log.journal import Journal
+from reconciler.log.reads import Reads
+from reconciler.log.records import Entry
+from reconciler.log.replication import Replication
+from reconciler.log.snapshot import Snapshots
+from reconciler.log.wire import Ack, Append, Chunk, PreVote, RequestVote
+from tests.sim import run as simulation
+from tests.sim.disk import SimFile
+
+Replace = Callable[[type, str, Callable[..., object]], None]
+
+
+def skip_sync(replace: Replace) -> None:
+    """The journal's sync only empties its buffer into the page cache."""
+    replace(SimFile, "sync", lambda file: None)
+
+
+def forget_vote(replace: Replace) -> None:
+    """Votes are not stored, only terms."""
+    store = CoreJournal.setCurrentTerm
+    replace(CoreJournal, "setCurrentTerm", lambda core, term, vote: store(core, term, None))
+
+
+def acknowledge_early(replace: Replace) -> None:
+    """A follower answers before its sync."""
+
+    def hold(replication: Replication, peer: object, ack: Ack) -> None:
+        replication._raft.transport.transmit(peer, ack)
+
+    replace(Replication, "_hold", hold)
+    replace(Raft, "doTick", _tick_with_late_sync)
+
+
+def _tick_with_late_sync(raft: Raft, wait_s: float = 0.0) -> None:
+    # As a slow disk would have it: synced at the end of the tick, after the next ticks' messages.
+    raft.elections.gate()
+    raft.reads.start()
+    super(Raft, raft).doTick(wait_s)
+    raft.replication.release()
+    raft.reads.settle()
+
+
+def read_without_majority(replace: Replace) -> None:
+    """A leader answers reads because it thinks that it leads."""
+    replace(Reads, "_confirmed", lambda reads, number: True)
+
+
+def apply_twice(replace: Replace) -> None:
+    """Every hundredth entry is applied again."""
+    apply = Raft._apply
+
+    def again(raft: Raft, entry: Entry) -> None:
+        apply(raft, entry)
+        if entry.index % 100 == 0:
+            apply(raft, entry)
+
+    replace(Raft, "_apply", again)
+
+
+def take_old_ack(replace: Replace) -> None:
+    """An acknowledgement counts in whatever term it arrives."""
+    on_ack = Replication.on_ack
+
+    def any_term(replication: Replication, peer: object, ack: Ack) -> None:
+        raft = replication._raft
+        next_index = min(ack.next_index, raft.journal.last.index + 1)
+        now = Ack(raft.term, ack.number, next_index, ack.success, ack.reset)
+        on_ack(replication, peer, now)
+
+    replace(Replication, "on_ack", any_term)
+
+
+def truncate_without_conflict(replace: Replace) -> None:
+    """A follower drops all behind the place where the logs agree, as pysyncobj does."""
+    take = Replication._take
+
+    def truncate(replication: Replication, entries: list[Entry]) -> None:
+        journal = replication._raft.journal
+        if entries and journal.first < entries[0].index <= journal.last.index:
+            journal.cut(entries[0].index)
+        take(replication, entries)
+
+    replace(Replication, "_take", truncate)
+
+
+def install_older_snapshot(replace: Replace) -> None:
+    """A snapshot is installed over whatever is there."""
+    replace(Replication, "_covered", lambda replication, received: False)
+
+
+def commit_on_chunk(replace: Replace) -> None:
+    """A part of a snapshot commits what happens to be in the follower's log."""
+    on_chunk = Replication.on_chunk
+
+    def commit(replication: Replication, peer: object, chunk: Chunk) -> None:
+        on_chunk(replication, peer, chunk)
+        raft = replication._raft
+        if chunk.term == raft.term:
+            raft.advance_commit(min(raft.journal.last.index, chunk.index))
+
+    replace(Replication, "on_chunk", commit)
+
+
+def commit_unverified(replace: Replace) -> None:
+    """A heartbeat commits up to the end of the follower's log, matched or not."""
+    on_append = Replication.on_append
+
+    def commit(replication: Replication, peer: object, message: Append) -> None:
+        on_append(replication, peer, message)
+        raft = replication._raft
+        if message.term == raft.term:
+            raft.advance_commit(min(message.commit, raft.journal.last.index))
+
+    replace(Replication, "on_append", commit)
+
+
+def vote_for_the_short(replace: Replace) -> None:
+    """Votes go to candidates whose log lacks committed entries."""
+    receive = Raft.receive
+
+    def boast(raft: Raft, peer: object, message: object) -> None:
+        match message:
+            case RequestVote(term) | PreVote(term):
+                message = type(message)(term, 1 << 40, 1 << 40)
+        receive(raft, peer, message)
+
+    replace(Raft, "receive", boast)
+
+
+def compact_before_snapshot(replace: Replace) -> None:
+    """The snapshot is kept in memory only, while the journal is cut for good."""
+    store = Snapshots.store
+
+    def store_beside(snapshots: Snapshots, data: bytes) -> None:
+        if snapshot.decode(data, "").index % 2:
+            store(snapshots, data)
+
+    replace(Snapshots, "store", store_beside)
+
+
+def seal_nothing(replace: Replace) -> None:
+    """Cuts are not written, so a restart brings back what was cut."""
+
+    def cut(journal: Journal, index: int) -> None:
+        del journal._state.entries[index - journal.first :]
+
+    replace(Journal, "cut", cut)
+
+
+MUTANTS: tuple[Callable[[Replace], None], ...] = (
+    skip_sync,
+    forget_vote,
+    acknowledge_early,
+    read_without_majority,
+    apply_twice,
+    take_old_ack,
+    truncate_without_conflict,
+    install_older_snapshot,
+    commit_on_chunk,
+    commit_unverified,
+    vote_for_the_short,
+    compact_before_snapshot,
+    seal_nothing,
+)
+
+
+@contextlib.contextmanager
+def broken(mutant: Callable[[Replace], None]) -> Iterator[None]:
+    """Run with one promise broken; everything is put back afterwards."""
+    with contextlib.ExitStack() as undo:
+
+        def replace(owner: type, name: str, what: Callable[..., object]) -> None:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, what)
+
+        mutant(replace)
+        yield
+
+
+def caught_at(mutant: Callable[[Replace], None], seeds: range) -> tuple[int, Exception] | None:
+    """The first seed that fails with the mutant, and how."""
+    with broken(mutant):
+        for seed in seeds:
+            try:
+                simulation.run(seed)
+            except Exception as error:  # noqa: BLE001  # whatever it is, it was noticed
+                return seed, error
+    return None
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", default="0..300")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args(arguments)
+    first, _, end = options.seeds.partition("..")
+    logging.disable(logging.CRITICAL)
+    missed = 0
+    for mutant in MUTANTS:
+        if options.only not in mutant.__name__:
+            continue
+        caught = caught_at(mutant, range(int(first), int(end)))
+        missed += caught is None
+        how = "NOT CAUGHT" if caught is None else f"seed {caught[0]}: {caught[1]}"
+        print(f"{mutant.__name__}: {how}"[:150], flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,178 @@
+"""Run the log's simulation over a range of seeds: `python -m tests.sim.run --seeds 0..1000`.
+
+A failing seed is printed with the command that replays it. Exit status 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+
+from reconciler.log import pinned
+from tests.sim.invariants import Violation
+from tests.sim.world import World
+
+STEPS = 1500  # of 10 ms under faults
+QUIET_STEPS = 1500  # at most, to agree again once the faults have ended
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one seed did."""
+
+    seed: int
+    digest: str
+    acked: int
+    messages: int
+    highest_term: int
+    steps: int
+    failed_disks: int
+
+
+def run(seed: int, steps: int = STEPS) -> Report:
+    """One world from beginning to end; raises Violation, or whatever the log raised."""
+    rng = random.Random(seed)
+    members = rng.choice((1, 3, 3, 3, 5, 5))
+    try:
+        slow_s = rng.choice((0.0, 0.0, 0.5, 1.0, 3.0))
+        world = World(rng, members, wild=rng.random() < 0.5, slow_s=slow_s)
+        burst = rng.choice((1, 2, 8))
+        fault_every = rng.choice((5, 15, 40, 100))
+        revive = rng.choice((0.2, 0.5, 1.0))
+        for number in range(steps):
+            world.step()
+            _work(world, burst)
+            if number % fault_every == 0:
+                _trouble(world, revive)
+        return _settle(world, seed, steps)
+    finally:
+        pinned.use_time(time.monotonic, random.Random())
+
+
+def _work(world: World, burst: int) -> None:
+    rng = world.rng
+    if rng.random() < 0.5:
+        node = rng.choice(list(world.nodes.values()))
+        if node.leads and not node.paused:
+            for _ in range(burst):
+                world.propose(node)
+            if rng.random() < 0.5:
+                world.read(node)
+
+
+def _trouble(world: World, revive: float) -> None:
+    """One fault, or the end of some; leaders get more than their share."""
+    rng = world.rng
+    nodes = list(world.nodes.values())
+    leaders = [each for each in nodes if each.leads]
+    node, other = rng.choice(leaders or nodes), rng.choice(nodes)
+    if rng.random() < 0.6:
+        node = rng.choice(nodes)
+    match rng.randrange(11):
+        case 0 | 1 if node.raft is not None:
+            world.crash(node)
+        case 2 if node is not other:
+            world.cut(node.name, other.name)
+            world.cut(other.name, node.name)
+        case 3 if node is not other:
+            world.cut(node.name, other.name)
+        case 4:
+            for each in nodes:
+                if each is not node:
+                    world.cut(node.name, each.name)
+                    world.cut(each.name, node.name)
+        case 5:
+            node.paused_until_s = world.now_s + rng.uniform(0.1, 3.0)
+        case 6 if rng.random() < 0.3:
+            node.disk.full, node.disk.broken = rng.choice(((True, False), (False, True)))
+        case 7:
+            node.skew_s += rng.uniform(0.0, 0.5)
+        case 8 if rng.random() < 0.2:
+            for each in world.live:
+                world.crash(each)
+        case 9 if node.raft is not None:
+            world.crash(node)  # and back at once: what it said must still bind it
+            world.restart(node)
+        case _:
+            world.network.cut.clear()
+    for each in nodes:
+        if each.raft is None and rng.random() < revive:
+            world.restart(each)
+
+
+def _settle(world: World, seed: int, steps: int) -> Report:
+    """After the last fault: a leader, the same state everywhere, nothing acknowledged lost."""
+    world.heal()
+    quiet = 0
+    proposed = False
+    while not (proposed and _agree(world)):
+        quiet += 1
+        if quiet > QUIET_STEPS:
+            raise Violation(f"no agreement {QUIET_STEPS} steps after the last fault")
+        world.step()
+        leader = next((node for node in world.live if node.raft and node.raft.is_serving), None)
+        if leader is not None and not proposed:
+            before = len(world.invariants.acked)
+            world.propose(leader)
+            for _ in range(100):
+                world.step()
+            proposed = len(world.invariants.acked) > before
+    reference = dict(next(iter(world.nodes.values())).machine.items)
+    for index, command in world.invariants.acked.items():
+        if reference.get(index) != command:
+            raise Violation(f"acknowledged {command!r} at {index} is lost")
+    return Report(
+        seed,
+        world.network.digest.hexdigest()[:16],
+        len(world.invariants.acked),
+        world.network.delivered,
+        max(node.term for node in world.live),
+        steps + quiet,
+        world.failed_disks,
+    )
+
+
+def _agree(world: World) -> bool:
+    machines = [node.machine.items for node in world.nodes.values()]
+    return all(items == machines[0] for items in machines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", default="0..100", help="A..B, B not included; or one seed")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args(arguments)
+    first, _, end = options.seeds.partition("..")
+    seeds = range(int(first), int(end) if end else int(first) + 1)
+    logging.disable(logging.CRITICAL)
+    began, reports, failed = time.monotonic(), [], []
+    for seed in seeds:
+        try:
+            reports.append(run(seed, options.steps))
+        except Exception as error:  # noqa: BLE001  # a failing seed is a result
+            failed.append(seed)
+            print(f"seed {seed} FAILED: {type(error).__name__}: {error}")
+            print(f"  replay: python -m tests.sim.run --seeds {seed} --steps {options.steps}")
+            if len(seeds) == 1:
+                traceback.print_exc()
+    took_s = time.monotonic() - began
+    steps = sum(report.steps for report in reports)
+    messages = sum(report.messages for report in reports)
+    acked = sum(report.acked for report in reports)
+    failed_disks = sum(report.failed_disks for report in reports)
+    digest = reports[-1].digest if reports else "-"
+    print(
+        f"{len(seeds)} seeds, {len(failed)} failed, {steps * 0.01:.0f} simulated s in"
+        f" {took_s:.1f} s ({steps / took_s:.0f} steps/s), {messages} messages, {acked} acked,"
+        f" {failed_disks} failed disks, last digest {digest}"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

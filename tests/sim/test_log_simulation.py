@@ -1,0 +1,65 @@
+"""The log under a seeded clock, network and disk; more seeds: `python -m tests.sim.run`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.sim import mutants, run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_disks() -> Iterator[None]:
+    """Torn tails are announced as warnings, thousands of them here."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_acknowledged_is_lost_and_nobody_diverges(seed: int) -> None:
+    report = run.run(seed)
+    assert report.acked > 0, f"seed {seed} proved nothing"
+
+
+def test_a_seed_replays_to_the_same_messages_in_another_process() -> None:
+    here = run.run(7).digest
+    for hash_seed in ("1", "2"):
+        output = subprocess.run(
+            [sys.executable, "-m", "tests.sim.run", "--seeds", "7"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert f"last digest {here}" in output
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        mutants.skip_sync,
+        mutants.acknowledge_early,
+        mutants.read_without_majority,
+        mutants.apply_twice,
+        mutants.truncate_without_conflict,
+        mutants.commit_on_chunk,
+        mutants.commit_unverified,
+        mutants.vote_for_the_short,
+        mutants.compact_before_snapshot,
+        mutants.seal_nothing,
+    ],
+    ids=lambda mutant: mutant.__name__,
+)
+def test_a_broken_promise_is_noticed(mutant: object) -> None:
+    assert callable(mutant)
+    assert mutants.caught_at(mutant, range(150)) is not None

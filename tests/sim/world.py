@@ -1,0 +1,279 @@
+"""A cluster of the log in one process: the real code, a seeded clock, network and disk."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import msgspec
+
+from reconciler.errors import MillError
+from reconciler.log import pinned, wire
+from reconciler.log.core import Peer, PeerTransport
+from reconciler.log.errors import LogFailed
+from reconciler.log.hardening import Parts, Raft
+from reconciler.log.journal import Journal
+from reconciler.log.settings import Timing
+from reconciler.log.snapshot import Snapshots
+from tests.sim.disk import SimDisk
+from tests.sim.invariants import Invariants, Violation
+from tests.sim.network import Flight, Network
+
+STEP_S = 0.01
+SNAPSHOT_BYTES = 8 << 10  # a snapshot every 150 commands or so
+
+CHUNK_BYTES = (1 << 10, 256 << 10)  # a snapshot in many parts, or in one
+
+
+class SimTransport(PeerTransport):
+    """Hands messages to the simulated network."""
+
+    def __init__(self, node: SimNode) -> None:
+        super().__init__()
+        self._node = node
+
+    def transmit(self, peer: Peer, message: wire.Message) -> bool:
+        if isinstance(message, wire.Ack | wire.Vote | wire.RequestVote) and (
+            self.raft.journal.unsynced
+        ):
+            raise Violation(f"{self._node.name} promises before its journal is synced: {message}")
+        return self._node.world.send(self._node, str(peer.id), wire.encode(message))
+
+    def has_room(self, peer: Peer) -> bool:
+        return peer in self.raft.connected_peers
+
+    def soon(self) -> None:
+        """The world's next step comes anyway."""
+
+
+class NullPoller:
+    def poll(self, timeout_s: float) -> None:
+        """The world delivers."""
+
+
+class SimMachine:
+    """Remembers each command; every apply is compared with all other nodes'."""
+
+    def __init__(self, name: str, invariants: Invariants) -> None:
+        self._name, self._invariants = name, invariants
+        self.items: list[tuple[int, bytes]] = []
+
+    def apply(self, index: int, command: bytes) -> object:
+        assert not self.items or index > self.items[-1][0], f"{self._name} applies {index} again"
+        self._invariants.applied(self._name, index, command)
+        self.items.append((index, command))
+        return len(self.items)
+
+    def dump(self) -> bytes:
+        return msgspec.msgpack.encode(self.items)
+
+    def load(self, snapshot: bytes) -> None:
+        self.items = msgspec.msgpack.decode(snapshot, type=list[tuple[int, bytes]])
+        self._invariants.loaded(self._name, self.items)
+
+
+class SimNode:
+    """One machine: its disk outlives its process."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name = world, name
+        self.disk = SimDisk(name)
+        self.epoch = 0
+        self.skew_s = 0.0
+        self.paused_until_s = 0.0
+        self.held: list[Flight] = []  # what the kernel keeps for a paused process
+        self.raft: Raft | None = None
+        self.machine = SimMachine(name, world.invariants)
+
+    @property
+    def journal(self) -> Journal:
+        assert self.raft is not None
+        return self.raft.journal
+
+    @property
+    def term(self) -> int:
+        assert self.raft is not None
+        return self.raft.term
+
+    @property
+    def leads(self) -> bool:
+        return self.raft is not None and self.raft.is_raft_leader
+
+    @property
+    def applied_index(self) -> int:
+        return 0 if self.raft is None else self.raft.applied_index
+
+    @property
+    def paused(self) -> bool:
+        return self.paused_until_s > self.world.now_s
+
+    def start(self) -> None:
+        self.epoch += 1
+        self.machine = SimMachine(self.name, self.world.invariants)
+        others = [name for name in self.world.nodes if name != self.name]
+        journal = Journal(self.disk)
+        parts = Parts(
+            journal, Snapshots(self.disk), self.machine, SimTransport(self), NullPoller(), self
+        )
+        self.raft = Raft(self.name, others, parts, Timing(), SNAPSHOT_BYTES)
+        self.raft.replication.chunk_bytes = self.world.chunk_bytes
+
+    def crash(self, rng: random.Random) -> None:
+        self.raft = None
+        self.held.clear()
+        self.paused_until_s = 0.0
+        self.disk.crash(rng)
+
+    # hardening.Listener
+
+    def moved(self, applied_index: int) -> None: ...
+
+    def led(self, leading: bool, term: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+class World:
+    """`members` nodes; everything that happens follows from the seed."""
+
+    def __init__(self, rng: random.Random, members: int, *, wild: bool, slow_s: float) -> None:
+        self.rng = rng
+        self.now_s = 1000.0
+        self._skew_s = 0.0
+        pinned.use_time(lambda: self.now_s + self._skew_s, rng)
+        self.chunk_bytes = rng.choice(CHUNK_BYTES)
+        self.invariants = Invariants()
+        self.network = Network(rng, wild=wild, slow_s=slow_s)
+        self.nodes: dict[str, SimNode] = {}
+        for number in range(members):
+            self.nodes[f"n{number}"] = SimNode(self, f"n{number}")
+        self.links: set[frozenset[str]] = set()
+        self.commands = 0
+        self.failed_disks = 0
+        for node in self.nodes.values():
+            self._in(node, node.start)
+
+    @property
+    def live(self) -> list[SimNode]:
+        return [node for node in self.nodes.values() if node.raft is not None]
+
+    def send(self, node: SimNode, target: str, data: bytes) -> bool:
+        other = self.nodes[target]
+        if other.raft is None or (node.name, target) in self.network.cut:
+            return False
+        self.network.send(self.now_s, node.name, target, (node.epoch, other.epoch), data)
+        return True
+
+    def step(self) -> None:
+        """10 ms: deliver, tick everybody, check everything."""
+        self.now_s += STEP_S
+        self._connect()
+        for flight in self.network.due(self.now_s):
+            self._deliver(flight)
+        for node in self.live:
+            if not node.paused:
+                self._tick(node)
+        self.invariants.check(list(self.live))
+
+    def propose(self, node: SimNode) -> None:
+        assert node.raft is not None
+        self.commands += 1
+        command = b"%d" % self.commands + b"." * self.rng.randrange(40)
+
+        def done(index: int, _result: object, error: MillError | None) -> None:
+            if error is None:
+                self.invariants.acknowledged(node.name, node.term, index, command)
+
+        node.raft.propose(command, done)
+
+    def read(self, node: SimNode) -> None:
+        assert node.raft is not None
+        asked_at = self.invariants.highest_acked
+
+        def done(index: int, error: MillError | None) -> None:
+            if error is None:
+                self.invariants.read(node.name, asked_at, index)
+
+        node.raft.reads.ask(done)
+
+    def crash(self, node: SimNode) -> None:
+        node.crash(self.rng)
+        for other in self.live:
+            self._unlink(node.name, other.name)
+
+    def restart(self, node: SimNode) -> None:
+        node.disk.full = node.disk.broken = False
+        self._in(node, node.start)
+
+    def cut(self, source: str, target: str) -> None:
+        """One way; a tame network then loses the connection, both ways."""
+        self.network.cut.add((source, target))
+        if not self.network.wild:
+            self._unlink(source, target)
+
+    def heal(self) -> None:
+        """End every fault; restart everybody."""
+        self.network.heal()
+        for node in self.nodes.values():
+            node.paused_until_s = 0.0
+            node.disk.full = node.disk.broken = False
+            if node.raft is None:
+                self.restart(node)
+
+    def _connect(self) -> None:
+        for one in self.live:
+            for other in self.live:
+                pair = frozenset((one.name, other.name))
+                if one.name >= other.name or pair in self.links:
+                    continue
+                ways = {(one.name, other.name), (other.name, one.name)}
+                if self.network.wild or not ways & self.network.cut:
+                    self.links.add(pair)
+                    self._tell(one, other, "_onNodeConnected")
+                    self._tell(other, one, "_onNodeConnected")
+
+    def _unlink(self, one: str, other: str) -> None:
+        pair = frozenset((one, other))
+        if pair in self.links:
+            self.links.discard(pair)
+            self._tell(self.nodes[one], self.nodes[other], "_onNodeDisconnected")
+            self._tell(self.nodes[other], self.nodes[one], "_onNodeDisconnected")
+
+    def _tell(self, node: SimNode, other: SimNode, event: str) -> None:
+        if node.raft is not None:
+            peer = next(peer for peer in node.raft.peers if peer.id == other.name)
+            getattr(node.raft.transport, event)(peer)
+
+    def _deliver(self, flight: Flight) -> None:
+        node, source = self.nodes[flight.target], self.nodes[flight.source]
+        stale = flight.epochs != (source.epoch, node.epoch)  # of a connection that is gone
+        if node.raft is None or (stale and not self.network.wild):
+            return
+        if node.paused:
+            node.held.append(flight)
+            return
+        self.network.seen(flight)
+        raft = node.raft
+        peer = next(peer for peer in raft.peers if peer.id == flight.source)
+        self._in(node, lambda: raft.transport.receive(peer, wire.decode(flight.data)))
+
+    def _tick(self, node: SimNode) -> None:
+        held, node.held = node.held, []
+        for flight in held:
+            self._deliver(flight)
+        raft = node.raft
+        if raft is not None:
+            self._in(node, lambda: raft.doTick(0.0))
+
+    def _in(self, node: SimNode, action: Callable[[], object]) -> None:
+        """Run on this node's clock; a failing disk ends its process, and nothing else may."""
+        self._skew_s = node.skew_s
+        try:
+            action()
+        except LogFailed:
+            if not (node.disk.full or node.disk.broken):
+                raise
+            self.failed_disks += 1
+            self.crash(node)
+        finally:
+            self._skew_s = 0.0
