@@ -62,6 +62,7 @@ from reconciler.node_config import NodeConfig, Peer, load
 log = structlog.get_logger("mill.node")
 
 TIDY_S = 60.0
+SWITCH_S = 0.0005
 ID_CHARS = string.ascii_lowercase + string.digits
 
 
@@ -360,6 +361,8 @@ def main(argv: list[str]) -> int:
     """`CONFIG NAME`: 0 after a stop that was asked for, 1 with the reason logged."""
     config = load(Path(argv[0]))
     _log_to(sys.stderr)
+    # The raft thread must not wait 5 ms for the loop's thread to let go of the interpreter.
+    sys.setswitchinterval(SWITCH_S)
     try:
         asyncio.run(serve(config))
     except (MillError, OSError) as error:
