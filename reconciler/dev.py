@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import hashlib
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -23,13 +21,7 @@ from pathlib import Path
 import msgspec
 
 from reconciler.api.client import Client
-from reconciler.edge.certificates import (
-    create_ca,
-    issue,
-    write_authority,
-    write_identity,
-    write_private,
-)
+from reconciler.dev_founding import HOST, Founding, Options, prepare, tag_of
 from reconciler.edge.dns_feed import DnsProcess
 from reconciler.edge.envoy import EnvoyProcess
 from reconciler.errors import Conflict, MillError, NotFound, Unavailable
@@ -38,20 +30,18 @@ from reconciler.executor.containerd import containers, network
 from reconciler.executor.containerd.cgroups import remove_cgroup
 from reconciler.executor.containerd.client import Containerd
 from reconciler.executor.containerd.daemon import (
-    daemon_paths,
     purge_daemon,
     running_daemon,
     start_daemon,
     stop_daemon,
 )
-from reconciler.node_config import NodeConfig, Peer, load
+from reconciler.node_config import NodeConfig, load
 
 ROOT = Path(__file__).resolve().parents[1]
-HOST = "127.0.0.1"
+__all__ = ["Answer", "Dev", "Founding", "Options", "check_machine", "command"]
+
 STOP_S = 15.0
 READY_S = 60.0
-STEP = 10
-"""Node i has base + 10·i (contracts: Ports)."""
 FREE_BYTES = 3 * 1024**3
 PROGRAMS = {"containerd": "containerd", "runc": "runc", "ip": "iproute2", "nsenter": "util-linux"}
 
@@ -60,26 +50,6 @@ Say = Callable[[str], None]
 
 class Missing(MillError):
     """This machine lacks something that `mill dev` needs."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `mill dev` was asked for. `cpu_milli` and `memory_bytes` 0: the host's own."""
-
-    nodes: int = 3
-    data: Path = Path(".mill-dev")
-    base_port: int = 4400
-    cpu_milli: int = 0
-    memory_bytes: int = 0
-    dns_upstreams: tuple[str, ...] = ()
-
-
-class Founding(msgspec.Struct, frozen=True):
-    """What makes the cluster of a data folder, in `dev.json` (0600)."""
-
-    cluster: str
-    token: str
-    nodes: int
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -100,11 +70,6 @@ def check_machine() -> None:
             raise Missing(f"{program} is not installed", hint=f"apt-get install {package}")
 
 
-def tag_of(data: Path) -> str:
-    """The mark of a data folder on everything it makes: 8 hex digits of its path's hash."""
-    return hashlib.sha256(os.fsencode(data.resolve())).hexdigest()[:8]
-
-
 @dataclass
 class Dev:
     """A cluster on this machine, in one data folder."""
@@ -118,26 +83,26 @@ class Dev:
     @property
     def data(self) -> Path:
         """The data folder, absolute."""
-        return self.options.data.resolve()
+        return self.options.folder
 
     @property
     def tag(self) -> str:
         """What marks everything of this folder."""
-        return tag_of(self.data)
+        return self.options.tag
 
     @property
     def run_folder(self) -> Path:
-        """Sockets and the kept namespace: short paths, gone after a reboot."""
-        return Path("/run") / f"mill-{self.tag}"
+        """Sockets and the kept namespace."""
+        return self.options.run_folder
 
     @property
     def names(self) -> list[str]:
         """node-1 … node-N."""
-        return [f"node-{number}" for number in range(1, self.options.nodes + 1)]
+        return self.options.names
 
     def address(self, name: str) -> str:
         """A node's API."""
-        return f"http://{HOST}:{self._peer(int(name.removeprefix('node-'))).api_port}"
+        return f"http://{HOST}:{self.options.peer(int(name.removeprefix('node-'))).api_port}"
 
     # -- life ------------------------------------------------------------------------------
 
@@ -145,7 +110,7 @@ class Dev:
     async def up(self) -> AsyncIterator[Founding]:
         """The cluster, serving; at the end it stops with its containers, and its state stays."""
         with self._only_one():
-            founding = self._prepare()
+            founding = prepare(self.options)
             await self._end_leftovers()
             await asyncio.to_thread(start_daemon, self.data / "containerd")
             await network.keep_host_namespace(self.run_folder / "host.netns")
@@ -157,65 +122,6 @@ class Dev:
             finally:
                 control.close()
                 await self._down()
-
-    def _prepare(self) -> Founding:
-        self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.data / "dev.json"
-        if path.exists():
-            founding = msgspec.json.decode(path.read_bytes(), type=Founding)
-            if founding.nodes != self.options.nodes:
-                raise Conflict(
-                    f"{self.options.data} holds a cluster of {founding.nodes} nodes",
-                    hint=f"start it with --nodes {founding.nodes}, or forget it with: "
-                         f"mill dev --reset --data {self.options.data}")
-        else:
-            founding = self._found(path)
-        self._write_configs(founding)
-        return founding
-
-    def _found(self, path: Path) -> Founding:
-        """A new cluster: its CA, each node's certificate, the key of its secrets."""
-        founding = Founding(cluster=f"dev-{self.tag}", token=secrets.token_urlsafe(24),
-                            nodes=self.options.nodes)
-        authority = create_ca()
-        write_authority(self.data / "ca", authority)
-        key = secrets.token_bytes(32)
-        for name in self.names:
-            folder = self.data / name
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_identity(folder / "identity", issue(authority, name, (HOST,)))
-            write_private(folder / "cluster.key", key)
-        write_private(path, msgspec.json.encode(founding))
-        return founding
-
-    def _peer(self, number: int) -> Peer:
-        base = self.options.base_port + STEP * (number - 1)
-        return Peer(
-            name=f"node-{number}", number=number, host=HOST, api_port=base, log_port=base + 1,
-            agent_port=base + 2,
-            cpu_milli=self.options.cpu_milli or (os.cpu_count() or 1) * 1000,
-            memory_bytes=self.options.memory_bytes or _host_memory_bytes(),
-        )
-
-    def _write_configs(self, founding: Founding) -> None:
-        peers = tuple(self._peer(number) for number in range(1, self.options.nodes + 1))
-        paths = daemon_paths(self.data / "containerd")
-        for peer in peers:
-            base = peer.api_port
-            config = NodeConfig(
-                name=peer.name, tag=self.tag, data=str(self.data / peer.name),
-                run=str(self.run_folder / str(peer.number)), peers=peers,
-                cluster=founding.cluster, token_id="dev",  # noqa: S106  a name, not a password
-                token_sha256=hashlib.sha256(founding.token.encode()).hexdigest(),
-                containerd=str(paths.socket), runc_root=str(paths.runc_root),
-                namespace=f"mill-{self.tag}-{peer.number}",
-                host_netns=str(self.run_folder / "host.netns"), dns_port=base + 3,
-                http_port=base + 4, https_port=base + 5,
-                dns_upstreams=self.options.dns_upstreams,
-            )
-            (self.run_folder / str(peer.number)).mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_private(self.data / peer.name / "node.json", msgspec.json.encode(config))
 
     @contextlib.contextmanager
     def _only_one(self) -> Iterator[None]:
@@ -439,7 +345,3 @@ def _processes_with(config: str) -> list[int]:
                 if b"reconciler.node" in words and config.encode() in words:
                     found.append(int(entry.name))
     return found
-
-
-def _host_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

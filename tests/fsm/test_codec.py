@@ -47,8 +47,10 @@ def test_an_unknown_command_is_refused_by_number_and_changes_nothing() -> None:
 @settings(max_examples=200)
 def test_any_bytes_are_refused_or_applied_but_never_raise(data: bytes) -> None:
     machine = StateMachine()
-    machine.apply(1, data)
+    refused = machine.apply(1, data)
+    assert refused is None or isinstance(refused, Refused)
     machine.apply(2, bytes([codec.VERSION]) + data)
+    assert codec.decode_state(codec.encode_state(machine.state)) == machine.state
 
 
 def test_a_state_round_trips_through_its_snapshot() -> None:
