@@ -116,9 +116,10 @@ class Connection:
                     return answer
                 failure = await _refused(answer)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-                failure = Unreachable(f"nothing answers at {base}: {error or 'no connection'}",
-                                      hint="is the node up? name another with --address")
                 self._avoid(base)
+                if not isinstance(failure, Refused):  # what a node has said tells more
+                    failure = Unreachable(f"nothing answers at {base}: {error or 'no connection'}",
+                                          hint="is the node up? name another with --address")
                 continue
             except (httpx.HTTPError, TimeoutError) as error:
                 failure = NoAnswer(f"{base} gave no answer: {type(error).__name__}",

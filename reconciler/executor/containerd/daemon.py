@@ -30,7 +30,7 @@ START_S = 60.0
 """It serves 15 ms after its start; after a crash with many dead tasks it first cleans up."""
 
 STOP_S = 10.0
-SOCKET_PATH_BYTES = 107
+SOCKET_PATH_BYTES = 104
 """`sun_path` of unix(7) is 108 bytes with its closing NUL."""
 
 _LOG_BYTES = 10 << 20
