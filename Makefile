@@ -37,10 +37,10 @@ bench: $(STAMP)
 	$(BIN)/python -m bench
 
 soak: $(STAMP)
-	$(BIN)/python -m tests.sim.run --seeds 1..10000 --resume
+	$(BIN)/python -m tests.sim.run --seeds 1..10000
 
 soak-mutants: $(STAMP)
-	$(BIN)/python -m tests.sim.run --mutants
+	$(BIN)/python -m tests.sim.mutants
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
