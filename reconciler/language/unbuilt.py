@@ -38,6 +38,8 @@ def _of_service(service: ServiceSpec) -> list[Unbuilt]:
         found.append(Unbuilt(service.name, "strategy", f"the strategy {service.strategy}"))
     if service.singleton:
         found.append(Unbuilt(service.name, "singleton", "singletons"))
+    found += [Unbuilt(service.name, f"route.{one.host}{one.path}", "TLS by ACME (`tls = true`)")
+              for one in service.routes if one.tls]
     found += [Unbuilt(service.name, f"listen.{one.protocol}:{one.port}", "raw ports at the edge")
               for one in service.listens]
     return found + _of_both(service)
