@@ -48,7 +48,8 @@ class PullFailed(MillError):
     status = 502
 
     def __init__(self, image: str, reason: str, *, final: bool) -> None:
-        hint = "check the name, the tag and registry_auth" if final else "it is tried again"
+        hint = "check the name, the tag and registry_auth" if final \
+            else "see that the registry answers, then try again"
         super().__init__(f"cannot pull {image}: {reason}", at=image, hint=hint)
         self.image = image
         self.reason = reason
