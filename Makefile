@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-PACKAGES := python3-venv git containerd runc nftables iproute2 dnsutils curl docker-registry tcc procps ca-certificates
+PACKAGES := python3-venv git containerd runc nftables iproute2 dnsutils curl docker-registry tcc busybox-static procps ca-certificates
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check unit bench soak soak-mutants install clean
