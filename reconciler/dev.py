@@ -126,7 +126,7 @@ class Dev:
     @contextlib.contextmanager
     def _only_one(self) -> Iterator[None]:
         self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(self.data / "lock", "w") as lock:
+        with open(self.data / "lock", "w", opener=_private) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -139,7 +139,8 @@ class Dev:
     async def _spawn(self, name: str) -> None:
         folder = self.data / name
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        with open(folder / "node.log", "ab") as output:  # noqa: ASYNC230  a local file, at once
+        log = folder / "node.log"
+        with open(log, "ab", opener=_private) as output:  # noqa: ASYNC230  a local file, at once
             child = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "reconciler.node", str(folder / "node.json"), name,
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
@@ -163,24 +164,23 @@ class Dev:
             self.say(f"{name} {how}; its log: {self.options.data / name / 'node.log'}; "
                      f"start it again with: mill dev start {name}")
 
-    async def _stop_child(self, name: str, number: signal.Signals) -> None:
+    async def _stop(self, name: str, number: signal.Signals) -> None:
+        """End a node's process, whoever started it: its command line may be run by hand."""
         self._expected.discard(name)
-        child = self._children.get(name)
-        if child is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(number)
+        config = str(self.data / name / "node.json")
         try:
             async with asyncio.timeout(STOP_S):
-                await child.wait()
+                await _end(config, number)
         except TimeoutError:
-            child.kill()
+            await _end(config, signal.SIGKILL)
+        child = self._children.get(name)
+        if child is not None:
             await child.wait()
 
     async def kill(self, name: str) -> None:
         """A power cut: process, Envoy, DNS, containers and link of one node."""
         self._known(name)
-        await self._stop_child(name, signal.SIGKILL)
+        await self._stop(name, signal.SIGKILL)
         config = load(self.data / name / "node.json")
         await self._end_companions(config)
         await self._end_containers(config)
@@ -190,8 +190,8 @@ class Dev:
     async def start(self, name: str) -> None:
         """Switch a node on again."""
         self._known(name)
-        if name in self._children:
-            raise Conflict(f"{name} runs already")
+        if name in self._children or _processes_with(str(self.data / name / "node.json")):
+            raise Conflict(f"{name} runs already", hint=f"end it with: mill dev kill {name}")
         await self._spawn(name)
         self.say(f"{name} is on")
 
@@ -202,7 +202,7 @@ class Dev:
     # -- ending ----------------------------------------------------------------------------
 
     async def _down(self) -> None:
-        await asyncio.gather(*(self._stop_child(n, signal.SIGTERM) for n in list(self._children)))
+        await asyncio.gather(*(self._stop(name, signal.SIGTERM) for name in self.names))
         configs = [load(self.data / name / "node.json") for name in self.names]
         await asyncio.gather(*(self._end_companions(config) for config in configs))
         await asyncio.gather(*(self._end_containers(config) for config in configs))
@@ -232,12 +232,7 @@ class Dev:
         """Node processes that outlived a `mill dev` that was killed. Their containers, Envoy and
         DNS stay: the new processes take them up."""
         for name in self.names:
-            config = str(self.data / name / "node.json")
-            for pid in _processes_with(config):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                while _processes_with(config):  # noqa: ASYNC110  no event tells of others' children
-                    await asyncio.sleep(0.02)
+            await _end(str(self.data / name / "node.json"), signal.SIGKILL)
 
     async def reset(self) -> None:
         """Forget the cluster: processes, containers, networks, state."""
@@ -249,8 +244,7 @@ class Dev:
             for number in range(1, 254):
                 config = self.data / f"node-{number}" / "node.json"
                 if config.exists():
-                    for pid in _processes_with(str(config)):
-                        os.kill(pid, signal.SIGKILL)
+                    await _end(str(config), signal.SIGKILL)
                     await self._end_companions(load(config))
             await asyncio.to_thread(purge_daemon, self.data / "containerd")
             remove_cgroup(f"/mill-{self.tag}")
@@ -345,3 +339,17 @@ def _processes_with(config: str) -> list[int]:
                 if b"reconciler.node" in words and config.encode() in words:
                     found.append(int(entry.name))
     return found
+
+
+async def _end(config: str, number: signal.Signals) -> None:
+    """Signal the node processes with this configuration, and wait until there are none."""
+    for pid in _processes_with(config):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    while _processes_with(config):  # noqa: ASYNC110  no event tells of others' children
+        await asyncio.sleep(0.02)
+
+
+def _private(path: str, flags: int) -> int:
+    """An opener of files for root alone."""
+    return os.open(path, flags, 0o600)

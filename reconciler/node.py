@@ -324,7 +324,7 @@ class Node:
             digests |= {change.digest for change in (deploy.changes if deploy else ())}
             try:
                 await runtime.tidy(set(state.allocations), digests)
-            except MillError as error:
+            except (MillError, OSError) as error:
                 log.warning("tidy_failed", reason=str(error))
 
 

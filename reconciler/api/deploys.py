@@ -227,7 +227,8 @@ async def _frames(asked: Asked, deploy_id: str, after: int) -> AsyncGenerator[by
             yield frame(item)
             pulling = _pulling(item, pulling)
         elif pulling:  # bytes make sense between `pulling` and the last `pulled` alone
-            yield encode("progress", item)
+            known = msgspec.structs.replace(item, total=max(item.total, 0))
+            yield encode("progress", known)
 
 
 def _pulling(event: Event, before: bool) -> bool:

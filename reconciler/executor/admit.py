@@ -118,8 +118,17 @@ class Admission:
         if known is not None:
             return known
         reading = await self._read(request)
-        plan = await self._plan(request, reading, state)
-        return _admitted(plan, state, request.origin, request.key, request.pull_budget_ms)
+        while True:
+            plan = await self._plan(request, reading, state)
+            newest = await self.state()
+            if newest.deploys.keys() == state.deploys.keys():
+                return _admitted(plan, state, request.origin, request.key,
+                                 request.pull_budget_ms)
+            # Registries take their time: another deploy came and went, and took routes and room.
+            state = newest
+            known = _known(state, request.key)
+            if known is not None:
+                return known
 
     async def scale(
         self, name: str, replicas: int, origin: Origin, key: str = ""

@@ -12,6 +12,7 @@ import asyncio
 from dataclasses import dataclass
 
 import structlog
+from msgspec.structs import replace
 
 from reconciler.executor.bring_up import BringUp
 from reconciler.executor.ledger import CommandRefused
@@ -59,7 +60,9 @@ class Pipeline:
             if forward.done():
                 await forward
         except TimeoutError:
-            await self._fail(Failure(reason="the deploy's deadline passed"))
+            # Images that did not come in time are no fault of the version.
+            await self._fail(Failure(reason="the deploy's deadline passed",
+                                     outside=not self.stage.deploy.pulls_done))
         except DeployFailed as error:
             await self._fail(error.failure)
         finally:
@@ -85,7 +88,11 @@ class Pipeline:
                 await self._connected()
                 await Pulls(self.stage).run()
             await BringUp(self.stage).run()
-        except* DeployFailed as failures:
+        except BaseExceptionGroup as group:
+            # Not `except*`: until Python 3.11.4 what is raised inside one comes out as a group.
+            failures, others = group.split(DeployFailed)
+            if failures is None or others is not None:
+                raise
             raise _first(failures) from None
         await self._commit()
 
@@ -100,11 +107,19 @@ class Pipeline:
         ]
         results = await asyncio.gather(*map(self.stage.say, missing))
         for command, placed in zip(missing, results, strict=True):
-            if not placed and not self.stage.is_over:
+            if not placed and not self.stage.is_over and not await self._elsewhere(command):
                 raise DeployFailed(Failure(
                     reason=f"{command.service} could not be placed on {command.node}",
-                    service=command.service, node=command.node,
+                    service=command.service, node=command.node, outside=True,
                 ))
+
+    async def _elsewhere(self, refused: c.ScheduleAlloc) -> bool:
+        """The node went down since the plan: the next best one takes what it was to take."""
+        change = self.stage.deploy.change(refused.service)
+        assert change is not None, "it was scheduled for a change"
+        node = self.stage.elsewhere(self.stage.ledger.state, self.stage.spec(change),
+                                    change.digest, refused.node)
+        return node is not None and await self.stage.say(replace(refused, node=node))
 
     async def _connected(self) -> None:
         """The agents' inventories say what is there already, so wait for them a moment."""
@@ -131,7 +146,8 @@ class Pipeline:
         except CommandRefused as refused:
             if self.stage.is_over:
                 return
-            raise DeployFailed(Failure(reason=refused.what)) from refused
+            # What is new was watched until a moment ago: what is kept fell, or a node did.
+            raise DeployFailed(Failure(reason=refused.what, outside=True)) from refused
 
     async def _finish(self) -> None:
         """After the commit there is only forward."""
@@ -153,7 +169,7 @@ class Pipeline:
             nodes = self.stage.ledger.state.nodes
             return [
                 link.node for link in self.stage.links.all()
-                if link.connected and nodes[link.node].status != "down"
+                if link.connected and link.node in nodes and nodes[link.node].status != "down"
                 and (link.edge_index < index or link.edge_error)
             ]
 
@@ -191,7 +207,7 @@ class Pipeline:
 
         clean = True
         try:
-            async with asyncio.timeout(UNDO_S):
+            async with asyncio.timeout(UNDO_S + self._stop_timeout_s()):
                 await self.stage.ledger.until(all_ended)
         except TimeoutError:
             clean = False
@@ -201,6 +217,14 @@ class Pipeline:
             await self.stage.say(c.EndRollback(self.stage.deploy_id, "cancelled"))
         else:
             await self.stage.say(c.EndRollback(self.stage.deploy_id, "rolled_back"))
+
+
+    def _stop_timeout_s(self) -> float:
+        """The longest time that what was started may take to stop, as its spec allows."""
+        return max((
+            self.stage.spec(change).stop_timeout_ms / 1000
+            for change in self.stage.deploy.changes if change.action in ("create", "update")
+        ), default=0.0)
 
 
 def _first(failures: BaseExceptionGroup[DeployFailed]) -> DeployFailed:

@@ -113,8 +113,8 @@ class Front:
             if isinstance(admitted, Repeated):
                 return admitted.deploy
             try:
-                for store in admitted.stores:
-                    await self.ledger.propose(store)
+                # All in one go: the log keeps the order in which they are handed in.
+                await asyncio.gather(*map(self.ledger.propose, admitted.stores))
                 return f"d-{await self.ledger.propose(admitted.start)}"
             except CommandRefused as refused:
                 # The next admission says what holds now: another deploy runs, this key has made

@@ -21,6 +21,7 @@ from reconciler.executor.starting import start_order
 from reconciler.fsm import commands as c
 from reconciler.fsm.records import ENDED, Allocation
 from reconciler.fsm.state import State
+from reconciler.language.spec import ServiceSpec
 from reconciler.plan.place import Demand, images, place, reserved, standing
 
 log = structlog.get_logger("mill.heal")
@@ -28,15 +29,18 @@ log = structlog.get_logger("mill.heal")
 BACKOFF_S = (1.0, 5.0, 30.0, 60.0)
 """Waits before the first, second, third and every later restart (contracts: Defaults)."""
 LOOK_S = 0.5
+GATHER_S = 0.02
+"""Reports come in bursts, and a look is over all that is live: one look for a burst."""
+STALL_S = 5.0
+"""A leader that did not look for so long cannot call a node silent."""
 DOWN_S = 15.0
 """A node that is silent this long is down (contracts: Defaults)."""
 
 
-def another_node(state: State, alloc: Allocation) -> str | None:
-    """The best node for a replica of the same service, its own node left out."""
-    nodes = [n for n in state.nodes.values() if n.name != alloc.node]
-    return free_node(state, alloc.service, alloc.cpu_milli, alloc.memory_bytes, alloc.digest,
-                     {n.name for n in nodes})
+def another_node(state: State, spec: ServiceSpec, digest: str, not_on: str) -> str | None:
+    """The best node for one more replica of a service, the node `not_on` left out."""
+    return free_node(state, spec.name, spec.cpu_milli, spec.memory_bytes, digest,
+                     {name for name in state.nodes if name != not_on})
 
 
 def free_node(
@@ -61,6 +65,7 @@ class Heal:
     new_id: Callable[[str], str]
     _sent: dict[str, tuple[object, int]] = field(default_factory=dict)
     _due: dict[str, float] = field(default_factory=dict)
+    _looked_at: float = float("inf")
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -75,28 +80,47 @@ class Heal:
             try:
                 async with asyncio.timeout(LOOK_S):
                     await moved.wait()
+                await asyncio.sleep(GATHER_S)
             except TimeoutError:
                 pass
 
     async def _look(self) -> None:
         await self._nodes()
-        for alloc in list(self.ledger.state.allocations.values()):
-            if alloc.live and alloc.status not in ENDED and alloc.status != "stopping":
-                await self._alloc(alloc)
+        for alloc_id in list(self.ledger.state.allocations):
+            # Looked up anew: every command in between may have moved it, or let it end.
+            alloc = self.ledger.state.allocations.get(alloc_id)
+            if alloc and alloc.live and alloc.status not in ENDED and alloc.status != "stopping":
+                try:
+                    await self._alloc(alloc)
+                except CommandRefused as refused:
+                    log.info("command_refused", alloc=alloc_id, reason=refused.what)
         await self._vacant()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is remembered of allocations that are live no more."""
+        allocs = self.ledger.state.allocations
+        self._sent = {k: v for k, v in self._sent.items() if k in allocs and allocs[k].live}
+        self._due = {k: v for k, v in self._due.items() if k in allocs and allocs[k].live}
 
     # -- nodes -----------------------------------------------------------------------------
 
     async def _nodes(self) -> None:
-        now_ms = self.ledger.clock.wall_ms()
+        now = self.ledger.clock.monotonic()
+        if now - self._looked_at > STALL_S:
+            # This process itself stood still: what the nodes said meanwhile is not read yet.
+            for seen in self.links.all():
+                seen.seen_at = max(seen.seen_at, now)
+        self._looked_at = now
         for node in list(self.ledger.state.nodes.values()):
             link = self.links.get(node.name)
             if link is None:
                 continue
-            silent_s = (now_ms - link.last_seen_ms) / 1000
-            if node.status == "ready" and silent_s > DOWN_S:
+            silent_s = now - link.seen_at
+            if node.status != "down" and silent_s > DOWN_S:
                 reason = f"silent for {silent_s:.0f} s"
                 await self.ledger.propose(c.SetNodeStatus(node.name, "down", reason))
+                self.links.wake()  # who waits for a report of this node need wait no longer
             elif node.status == "down" and link.connected and silent_s < DOWN_S:
                 await self.ledger.propose(c.SetNodeStatus(node.name, "ready", "it answers again"))
 
@@ -186,13 +210,17 @@ class Heal:
     async def _vacant(self) -> None:
         """Fill the slots whose allocations were lost with their node."""
         state = self.ledger.state
+        held_by: dict[str, set[int]] = {}
+        for alloc in state.allocations.values():
+            if alloc.live and alloc.status not in ENDED:
+                held_by.setdefault(alloc.service, set()).add(alloc.slot)
         for name in sorted(state.services):
             spec = state.live_spec(name)
             service = state.services[name]
             revision = service.revision(service.live)
             if spec is None or revision is None:
                 continue
-            held = {a.slot for a in state.of_service(name) if a.live}
+            held = held_by.get(name, set())
             for slot in range(spec.replicas):
                 if slot in held:
                     continue
@@ -203,5 +231,6 @@ class Heal:
                     continue
                 await self.ledger.propose(c.ScheduleAlloc(
                     alloc=self.new_id(name), service=name, node=node, slot=slot,
+                    revision=revision.number,
                 ))
                 state = self.ledger.state

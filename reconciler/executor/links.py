@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import assert_never
+from weakref import WeakValueDictionary
 
 import grpc
 import msgspec
@@ -81,6 +82,7 @@ class Link:
     connected: bool = False
     heard: bool = False
     last_seen_ms: int = 0
+    seen_at: float = 0.0
     allocs: dict[str, AllocReport] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
     pulls: dict[tuple[str, str], PullReport] = field(default_factory=dict)
@@ -96,23 +98,27 @@ class Link:
         with contextlib.suppress(asyncio.QueueFull):
             self.orders.put_nowait(order)
 
-    def hear(self, report: Report) -> None:
-        """Take a report in."""
-        self.last_seen_ms = self.clock.wall_ms()
+    def hear(self, report: Report) -> str | None:
+        """Take a report in; the allocation that it tells of, "" for none, None for all."""
+        self.last_seen_ms, self.seen_at = self.clock.wall_ms(), self.clock.monotonic()
         self.heard = True
+        whose: str | None = ""
         match report:
             case Inventory():
+                whose = None
                 self.allocs = {r.alloc: r for r in report.allocs}
                 self.gone.clear()
                 self.images = set(report.images)
                 self.pulls.clear()
                 self.connected = True
             case AllocReport():
+                whose = report.alloc
                 if report.phase == "absent":
                     self.allocs.pop(report.alloc, None)
                     self.gone.add(report.alloc)
                 else:
                     self.allocs[report.alloc] = report
+                    self.gone.discard(report.alloc)
             case PullReport():
                 self.pulls[report.image, report.digest] = report
                 if report.state == "done":
@@ -124,6 +130,7 @@ class Link:
             case _:
                 assert_never(report)
         self.wake()
+        return whose
 
 
 class Links:
@@ -136,6 +143,7 @@ class Links:
         self._clock = clock
         self._links: dict[str, Link] = {}
         self._moved = asyncio.Event()
+        self._moved_of: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
 
     def __getitem__(self, node: str) -> Link:
         return self._links[node]
@@ -149,14 +157,26 @@ class Links:
         return [self._links[name] for name in sorted(self._links)]
 
     def wake(self) -> None:
-        """Tell those who wait that something was reported."""
+        """Tell those who wait for any report that there was one."""
         self._moved.set()
         self._moved = asyncio.Event()
+
+    def wake_watchers(self, alloc: str | None) -> None:
+        """Tell those who watch `alloc`, or any (None), as when a stream begins or ends."""
+        for one in list(self._moved_of) if alloc is None else (alloc,):
+            event = self._moved_of.pop(one, None)
+            if event is not None:
+                event.set()
 
     @property
     def moved(self) -> asyncio.Event:
         """Set at the next report; take it before looking, then wait."""
         return self._moved
+
+    def moved_of(self, alloc: str) -> asyncio.Event:
+        """Set at the next report of that allocation, or of any at once. For those who watch one
+        of many: if each of n woke at all reports of n, a deploy would cost n²."""
+        return self._moved_of.setdefault(alloc, asyncio.Event())
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait until `holds`, looked at after each report. No deadline of its own."""
@@ -173,13 +193,15 @@ class Links:
             async for state in self._ledger.states():
                 for node in state.nodes.values():
                     link = self._links.get(node.name)
-                    if link is not None and link.address == node.agent:
+                    dialled = node.name in tasks
+                    if dialled and link is not None and link.address == node.agent:
                         continue
-                    if node.name in tasks:
+                    if dialled:
                         tasks[node.name].cancel()
                     # A new leader counts every node as seen at its election.
                     link = Link(node.name, node.agent, self._clock, self.wake,
-                                last_seen_ms=self._clock.wall_ms())
+                                last_seen_ms=self._clock.wall_ms(),
+                                seen_at=self._clock.monotonic())
                     self._links[node.name] = link
                     tasks[node.name] = group.create_task(self._keep(link, term))
 
@@ -193,10 +215,19 @@ class Links:
                     if link.connected:
                         log.warning("agent_away", node=link.node, code=error.code().name,
                                     detail=(error.details() or "")[:200])
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if task is None or task.cancelling():
+                        raise
+                    log.warning("session_cut", node=link.node)  # the call's end, not ours
+                except Exception:
+                    # One message that nobody can read must not cost the links to all nodes.
+                    log.exception("session_failed", node=link.node)
                 finally:
                     link.connected = False
                     link.orders = asyncio.Queue(QUEUE)
                     self.wake()
+                    self.wake_watchers(None)
                 await asyncio.sleep(REDIAL_S)
         finally:
             await channel.close()
@@ -208,9 +239,11 @@ class Links:
         )(wait_for_ready=False)
         await call.write(Hello(term, self._me))
         sender = asyncio.create_task(_send(call, link.orders))
+        # Without its sender a session is deaf: it ends, and the next one starts from what is.
+        sender.add_done_callback(lambda _: call.cancel())
         try:
             async for report in call:
-                link.hear(report)
+                self.wake_watchers(link.hear(report))
         finally:
             sender.cancel()
             call.cancel()
@@ -219,8 +252,9 @@ class Links:
 async def _send(
     call: grpc.aio.StreamStreamCall[Order, Report], orders: asyncio.Queue[Order]
 ) -> None:
-    while True:
-        await call.write(await orders.get())
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        while True:
+            await call.write(await orders.get())
 
 
 class LogReader:

@@ -38,7 +38,7 @@ class Pulls:
         """The image of one allocation on its node; tried again unless the registry said no."""
         key = (alloc.image, alloc.digest)
         link = self.stage.links.get(alloc.node)
-        if link is not None and link.connected and key in link.images:
+        if link is not None and link.connected and key in link.images and self._kept(alloc):
             await self.stage.say(
                 c.RecordPull(self.stage.deploy_id, alloc.image, alloc.node, cached=True))
             return
@@ -58,6 +58,18 @@ class Pulls:
                     outside=not report.final,
                 ))
             await asyncio.sleep(PULL_BACKOFF_S[attempt])
+
+    def _kept(self, alloc: Allocation) -> bool:
+        """The image was needed before this deploy, so that no node has tidied it away since its
+        inventory."""
+        state = self.stage.ledger.state
+        return any(
+            revision.digest == alloc.digest
+            for service in state.services.values() for revision in service.revisions
+        ) or any(
+            other.digest == alloc.digest and other.deploy != self.stage.deploy_id
+            for other in state.allocations.values()
+        )
 
     async def _pulled(self, alloc: Allocation) -> PullReport | None:
         """Order the image and wait for how it went; None where the node is lost meanwhile."""

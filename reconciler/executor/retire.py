@@ -36,17 +36,18 @@ class Retire:
 
     async def run(self) -> None:
         """Until cancelled."""
-        state = self.ledger.state
         while True:
             moved = self.links.moved
             state = self.ledger.state
             again_s = await self._look()
             changed = asyncio.create_task(self.ledger.changed(state))
             reported = asyncio.create_task(moved.wait())
-            await asyncio.wait({changed, reported}, timeout=again_s,
-                               return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
-            reported.cancel()
+            try:
+                await asyncio.wait({changed, reported}, timeout=again_s,
+                                   return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
+                reported.cancel()
 
     async def _look(self) -> float:
         """Do what can be done now; seconds after which to look again whatever happens."""
@@ -59,6 +60,8 @@ class Retire:
                 self._sweep(link)
         known = {a.id for a in stopping}
         self._since = {k: v for k, v in self._since.items() if k in known}
+        there = known.union(*(link.allocs for link in self.links.all()))
+        self._ordered = {k: v for k, v in self._ordered.items() if k in there}
         return 0.1 if stopping else 1.0
 
     async def _retire(self, alloc: Allocation) -> None:
@@ -101,7 +104,8 @@ class Retire:
 
     def _sweep(self, link: Link) -> None:
         """Containers that no allocation stands for: left by a crash, or by a node that was lost."""
+        allocations = self.ledger.state.allocations
         for alloc_id in link.allocs:
-            alloc = self.ledger.state.allocations.get(alloc_id)
+            alloc = allocations.get(alloc_id)
             if alloc is None or alloc.status in ENDED or alloc.node != link.node:
                 self._order(alloc_id, link)

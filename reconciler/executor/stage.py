@@ -38,14 +38,14 @@ class NodeFault(Exception):
 @dataclass(frozen=True)
 class Stage:
     """One deploy's way to the log and the agents. `new_id` makes an allocation's id;
-    `elsewhere` names another node for a slot that its node failed; `confirm` is the leader's own
-    look at what a node calls healthy."""
+    `elsewhere` names another node for a replica (its spec, its digest) that this one failed;
+    `confirm` is the leader's own look at what a node calls healthy."""
 
     ledger: Ledger
     links: Links
     deploy_id: str
     new_id: Callable[[str], str]
-    elsewhere: Callable[[State, Allocation], str | None]
+    elsewhere: Callable[[State, ServiceSpec, str, str], str | None]
     confirm: Confirm = believe
 
     @property
@@ -99,7 +99,9 @@ def how_it_ended(report: AllocReport) -> str:
     """`exited with code 3`, `was killed: out of memory`, `was killed by signal 9`."""
     if report.oom:
         return "was killed: out of memory"
-    code = report.exit_code if report.exit_code is not None else -1
+    if report.exit_code is None:
+        return "ended while its node's agent was away"
+    code = report.exit_code
     if code > 128:
         return f"was killed by signal {code - 128}"
     return f"exited with code {code}"

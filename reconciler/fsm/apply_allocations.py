@@ -85,6 +85,9 @@ def _allocation(state: State, command: c.ScheduleAlloc, address: str) -> Allocat
         revision = service.revision(service.live)
         if revision is None:
             return Refused(f"{command.service} is not live")
+        if command.revision not in (0, revision.number):
+            return Refused(f"{command.service} is at revision {revision.number}, "
+                           f"not {command.revision}")
         number, digest, spec_hash = revision.number, revision.digest, revision.spec_hash
     spec = state.specs[spec_hash]
     return Allocation(
@@ -101,7 +104,9 @@ def set_alloc_status(state: State, command: c.SetAllocStatus) -> State | Refused
     alloc = state.allocations.get(command.alloc)
     if alloc is None:
         return Refused(f"no allocation {command.alloc}")
-    if alloc.status != command.was or command.status not in _NEXT[alloc.status]:
+    again = command.status == alloc.status == "starting" \
+        and (command.restarts or 0) > alloc.restarts  # it ended before anybody saw it run
+    if alloc.status != command.was or not (again or command.status in _NEXT[alloc.status]):
         return Refused(f"{alloc.id} is {alloc.status}, not on the way to {command.status}")
     moved = _moved(state, alloc, command)
     state = replace(state, allocations=put(state.allocations, moved.id, moved))

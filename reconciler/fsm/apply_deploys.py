@@ -50,6 +50,11 @@ def start_deploy(state: State, command: c.StartDeploy) -> State | Refused:
         return Refused(f"deploy {running.id} is running",
                        f"follow it with: mill deploy-show {running.id}, "
                        f"or end it with: mill cancel {running.id}")
+    repeated = next((d.id for d in state.deploys.values() if command.key and d.key == command.key),
+                    "")
+    if repeated:
+        return Refused(f"deploy {repeated} was made with the same Idempotency-Key",
+                       f"follow it with: mill deploy-show {repeated}")
     for change in command.changes:
         stale = _stale(state, change)
         if stale:
@@ -73,6 +78,10 @@ def _stale(state: State, change: Change) -> str:
         return f"{change.service} is at revision {live}, not {change.from_revision}"
     if change.action in ("create", "update") and change.spec_hash not in state.specs:
         return f"the spec of {change.service} is not stored"
+    for pin in change.secrets:
+        secret = state.secrets.get(pin.name)
+        if secret is None or all(v.version != pin.version for v in secret.versions):
+            return f"version {pin.version} of secret {pin.name} is gone"
     for slot in change.slots:
         if slot.keep:
             alloc = state.allocations.get(slot.keep)

@@ -93,7 +93,11 @@ class BeginPulls(Command, frozen=True, tag=8):
 
 
 class ScheduleAlloc(Command, frozen=True, tag=9, kw_only=True):
-    """One allocation is placed: for a deploy's slot, or (deploy "") to heal a live service."""
+    """One allocation is placed: for a deploy's slot, or (deploy "") to heal a live service.
+
+    `revision` is the one that healing looked at: refused where a commit has come since, which may
+    have taken the slot away.
+    """
 
     alloc: str
     service: str
@@ -102,6 +106,7 @@ class ScheduleAlloc(Command, frozen=True, tag=9, kw_only=True):
     deploy: str = ""
     attempt: int = 0
     replaces: str = ""
+    revision: int = 0
 
 
 class RecordPull(Command, frozen=True, tag=10):

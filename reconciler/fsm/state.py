@@ -6,7 +6,7 @@ thread may hold one for as long as it likes, and two states can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -54,21 +54,17 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
     def of_service(self, service: str) -> Iterator[Allocation]:
         """All allocations of a service that have not ended, by id."""
-        for alloc in sorted_by_id(self.allocations):
-            if alloc.service == service and alloc.status not in ENDED:
-                yield alloc
+        yield from _by_id(a for a in self.allocations.values()
+                          if a.service == service and a.status not in ENDED)
 
     def of_node(self, node: str) -> Iterator[Allocation]:
         """All allocations on a node that have not ended, by id."""
-        for alloc in sorted_by_id(self.allocations):
-            if alloc.node == node and alloc.status not in ENDED:
-                yield alloc
+        yield from _by_id(a for a in self.allocations.values()
+                          if a.node == node and a.status not in ENDED)
 
     def of_deploy(self, deploy: str) -> Iterator[Allocation]:
         """All allocations that a deploy scheduled, ended ones too, by id."""
-        for alloc in sorted_by_id(self.allocations):
-            if alloc.deploy == deploy:
-                yield alloc
+        yield from _by_id(a for a in self.allocations.values() if a.deploy == deploy)
 
     def spec_of(self, revision: Revision) -> ServiceSpec:
         """The spec of a kept revision."""
@@ -95,6 +91,11 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         for chunk in self.events:
             if chunk[-1].index > index:
                 yield from (event for event in chunk if event.index > index)
+
+
+def _by_id(some: Iterable[Allocation]) -> list[Allocation]:
+    """Sorted after they were chosen: most of a state's allocations have ended long ago."""
+    return sorted(some, key=lambda alloc: alloc.id)
 
 
 def sorted_by_id(allocations: Mapping[str, Allocation]) -> list[Allocation]:

@@ -90,6 +90,12 @@ async def test_pull_bytes_come_without_an_id_and_only_while_images_are_pulled(
             "phase": "pulling", "image": "registry.test/web:v1", "node": "node-1",
             "bytes": 50, "total": 100,
         }
+        # A registry may not say how much is to come: every key is there all the same.
+        deploys.pulls.put_nowait(Pulling("registry.test/web:v1", "node-1", 60))
+        assert json.loads((await anext(stream)).data) == {
+            "phase": "pulling", "image": "registry.test/web:v1", "node": "node-1",
+            "bytes": 60, "total": 0,
+        }
         await deploys.finish(deploy_id)
         assert all([message.id is not None async for message in stream])
 

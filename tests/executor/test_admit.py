@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from reconciler.errors import Conflict, NotFound, Unprocessable
@@ -275,3 +277,20 @@ async def test_a_thousand_services_are_one_log_entry_and_too_many_slots_are_refu
     assert len(encode_entry(Entry(0, admitted.start))) < MAX_COMMAND_BYTES
     with pytest.raises(Unprocessable, match="too large for the log"):
         await desk.admission.admit(DeployRequest(files=text(29)))
+
+
+async def test_a_route_taken_while_a_registry_was_slow_is_refused(desk: Desk):
+    """Another deploy came and went between the first look at the state and the plan."""
+    desk.push("slow", "slow")
+    first = await desk.admit(one("web", more='  route "a.example.com" {}'))
+    admission = desk.admission
+
+    async def slow(name: str, auth: str | None) -> str:
+        if "web" not in desk.cluster.state.services:
+            desk.carry_out(first)
+        return await admission.resolve(name, auth)
+
+    late = replace(admission, resolve=slow)
+    text = one("api", f"{desk.host}/slow:v1", more='  route "a.example.com" {}')
+    with pytest.raises(RouteTaken):
+        await late.admit(DeployRequest(files={"app.mill": text.encode()}))

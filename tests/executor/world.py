@@ -35,9 +35,19 @@ class MemoryRuntime:
     running: dict[str, Start] = field(default_factory=dict)
     ended: dict[str, asyncio.Future[Exit]] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
+    doomed: dict[str, int] = field(default_factory=dict)
+    broken: dict[str, list[Exception]] = field(default_factory=dict)
+
+    def _stumble(self, what: str) -> None:
+        """`broken` names what fails next, and how: `start`, `wait`, `stop`, `tail`."""
+        if self.broken.get(what):
+            raise self.broken[what].pop()
 
     async def start(self, order: Start) -> None:
+        """`doomed` counts the starts of a service that end at once."""
         await asyncio.sleep(0)
+        self._stumble("start")
         tag = order.image.rpartition(":")[2]
         if tag == "nodefault":
             raise StartFailed("no space left on device", node_fault=True)
@@ -46,13 +56,18 @@ class MemoryRuntime:
         self.ended[order.alloc] = asyncio.get_running_loop().create_future()
         if tag == "exits":
             self.ended[order.alloc].set_result(Exit(3, oom=False))
+        if self.doomed.get(order.service):
+            self.doomed[order.service] -= 1
+            self.ended[order.alloc].set_result(Exit(4, oom=False))
         if tag == "oom":
             self.ended[order.alloc].set_result(Exit(137, oom=True))
 
     async def wait(self, alloc: str) -> Exit:
+        self._stumble("wait")
         return await asyncio.shield(self.ended[alloc])
 
     async def stop(self, alloc: str, grace_s: float) -> None:
+        self._stumble("stop")
         self.running.pop(alloc, None)
         if alloc in self.ended and not self.ended[alloc].done():
             self.ended[alloc].set_result(Exit(143, oom=False))
@@ -67,15 +82,30 @@ class MemoryRuntime:
             raise ConnectionRefusedError(111, "Connection refused")
 
         async def run(argv: tuple[str, ...], timeout_s: float) -> int:
-            return 1 if tag == "sick" else 0
+            return 1 if tag == "sick" or order.service in self.held else 0
 
         return Target(order.address, order.port, no_socket, run)  # type: ignore[arg-type]  # never connects
 
     async def tail(self, alloc: str, lines: int) -> tuple[str, ...]:
+        self._stumble("tail")
         return (f"{alloc} says goodbye",)
 
     def kill(self, alloc: str) -> None:
         self.ended[alloc].set_result(Exit(137, oom=False))
+
+    def cut_power(self) -> None:
+        """Nothing of it is left."""
+        self.running.clear()
+        self.ended.clear()
+
+
+class SteppedClock(RealClock):
+    """The machine's clocks, the wall's set wrong by `step_ms`."""
+
+    step_ms = 0
+
+    def wall_ms(self) -> int:
+        return super().wall_ms() + self.step_ms
 
 
 class MemoryImages:
@@ -91,6 +121,8 @@ class MemoryImages:
     async def pull(self, order: Pull, tell: Callable[[PullReport], None]) -> None:
         self.asked += 1
         await asyncio.sleep(0)
+        if order.image.endswith(":explodes"):
+            raise RuntimeError("nobody thought of this")
         if order.image.endswith((":denied", ":missing")):
             tell(PullReport(image=order.image, digest=order.digest, state="failed",
                             error="the registry said 404", final=True))
@@ -156,7 +188,7 @@ class World:
     """Nodes, a log, and a leader that can be stopped and followed by another."""
 
     def __init__(self, folder: Path, nodes: int = 3) -> None:
-        self.clock = RealClock()
+        self.clock = SteppedClock()
         self.ledger, self.replica = memory_ledger(self.clock)
         self.authority = create_ca()
         self.folder = folder
@@ -203,10 +235,17 @@ class World:
         for node in self.nodes.values():
             await node.down()
 
-    async def deploy(self, *specs: ServiceSpec, remove: tuple[str, ...] = ()) -> str:
-        """Start a deploy of these services, replicas over the nodes in turn."""
+    async def deploy(
+        self, *specs: ServiceSpec, remove: tuple[str, ...] = (), scale: bool = False
+    ) -> str:
+        """Start a deploy of these services, replicas over the nodes in turn; `scale` keeps what
+        stands."""
         changes: list[Change] = []
         names = sorted(self.nodes)
+        standing = {
+            (a.service, a.slot): Slot(a.node, a.id)
+            for a in self.ledger.state.allocations.values() if scale and a.live
+        }
         for spec in specs:
             key = spec_hash(spec)
             await self.ledger.propose(c.StoreSpec(key, 0, 1, canonical(spec)))
@@ -216,7 +255,8 @@ class World:
                 service=spec.name, action="update" if live else "create", spec_hash=key,
                 digest="sha256:" + key, from_revision=live,
                 to_revision=(known.last_revision if known else 0) + 1, strategy="surge",
-                slots=tuple(Slot(names[n % len(names)]) for n in range(spec.replicas)),
+                slots=tuple(standing.get((spec.name, n), Slot(names[n % len(names)]))
+                            for n in range(spec.replicas)),
             ))
         for name in remove:
             live = self.ledger.state.services[name].live

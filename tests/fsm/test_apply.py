@@ -188,6 +188,49 @@ def test_what_ended_frees_its_room(ended: str) -> None:
     assert list(machine.state.of_node("node-1")) == []
 
 
+def test_a_slot_that_a_commit_took_away_is_not_healed_any_more() -> None:
+    """The leader decided on the revision before; its command comes after the commit."""
+    machine = cluster()
+    machine.deploy(service(replicas=2), nodes=2)
+    machine.deploy(service(replicas=1))
+    refused = machine.do(c.ScheduleAlloc(alloc="web-late", service="web", node="node-3", slot=1,
+                                         revision=1))
+    assert "revision 2, not 1" in refused
+
+
+def test_a_restart_that_ended_before_it_was_seen_running_is_counted() -> None:
+    machine = cluster()
+    machine.deploy(service())
+    (alloc,) = machine.state.allocations
+    machine.walk(alloc, "running")
+    for restarts in (1, 2, 3):
+        was = machine.state.allocations[alloc].status
+        assert not machine.do(c.SetAllocStatus(
+            alloc=alloc, status="starting", was=was, restarts=restarts))
+    assert machine.state.allocations[alloc].restarts == 3
+    assert machine.do(c.SetAllocStatus(alloc=alloc, status="starting", was="starting", restarts=3))
+
+
+def test_an_idempotency_key_makes_one_deploy_even_of_two_admitted_at_once() -> None:
+    machine = cluster()
+    one = c.StartDeploy(changes=(), origin=_manual(), budget_ms=1, key="k")
+    assert not machine.do(one)
+    first = machine.state.active_deploy
+    assert not machine.do(c.FinishDeploy(first))
+    assert first in machine.do(one)
+
+
+def test_a_deploy_whose_secret_went_meanwhile_is_refused() -> None:
+    machine = cluster()
+    machine.do(c.SetSecret("db.url", b"n" * 12, b"sealed"))
+    deploy = machine.deploy(service(), secrets=(SecretPin("db.url", 1),))
+    machine.deploy(service(user="1"))
+    change = _at(machine.state.deploys[deploy].changes[0], from_revision=2, to_revision=3)
+    assert machine.do(c.DeleteSecret("db.url")) == ""
+    assert "secret db.url" in machine.do(
+        c.StartDeploy(changes=(change,), origin=_manual(), budget_ms=1))
+
+
 def test_a_secret_in_use_is_not_deleted_and_says_who_uses_it() -> None:
     machine = cluster()
     machine.do(c.SetSecret("db.url", b"n" * 12, b"sealed"))
@@ -271,6 +314,11 @@ def _hash(spec: object) -> str:
 def _manual() -> object:
     from reconciler.fsm.records import Origin
     return Origin()
+
+
+def _at(change: object, **fields: object) -> object:
+    from msgspec.structs import replace
+    return replace(change, **fields)  # type: ignore[type-var]  # a Change
 
 
 def _with(change: object, slots: tuple[Slot, ...]) -> object:

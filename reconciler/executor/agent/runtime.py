@@ -47,6 +47,20 @@ VERSIONS_FAULT = ("executable file not found", "no such file or directory", "per
 """What runc says where the image or the manifest is wrong, so that no other node does better."""
 
 
+class Idle:
+    """What nobody needed at two looks in a row. One is not enough: this node's state may be a
+    moment behind the leader's orders, and what was just ordered looks like what is left over."""
+
+    def __init__(self) -> None:
+        self._before: set[str] = set()
+
+    def take(self, unneeded: set[str]) -> list[str]:
+        """Of what is unneeded now, what was so at the last look too."""
+        both = sorted(unneeded & self._before)
+        self._before = unneeded
+        return both
+
+
 class NodeRuntime:
     """Containers of one node. `folder` holds what is mounted into them; `cgroups` begins their
     cgroup paths, such as `/mill-ab12cd34`."""
@@ -62,6 +76,7 @@ class NodeRuntime:
         self._cgroups = cgroups
         self._key = cluster_key
         self._oom: set[str] = set()
+        self._idle_logs, self._idle_images = Idle(), Idle()
 
     async def watch(self) -> None:
         """Remember who was killed for memory; run it beside everything else."""
@@ -207,11 +222,12 @@ class NodeRuntime:
     async def tidy(self, keep_logs: set[str], keep_images: set[str]) -> None:
         """Drop logs of allocations that the log has forgotten, and images (by digest) that no
         kept revision needs."""
-        for folder in self._logs.folders():
-            if folder not in keep_logs:
-                await self._logs.remove(folder)
-        for image in await list_images(self._client):
-            if image.digest not in keep_images:
+        for folder in self._idle_logs.take(set(self._logs.folders()) - keep_logs):
+            await self._logs.remove(folder)
+        there = await list_images(self._client)
+        idle = self._idle_images.take({i.digest for i in there} - keep_images)
+        for image in there:
+            if image.digest in idle:
                 await remove_image(self._client, image.image, image.digest)
 
     # -- pieces ------------------------------------------------------------------------------
@@ -233,7 +249,8 @@ class NodeRuntime:
     def _files(self, order: Start) -> tuple[Bind, ...]:
         """Name resolution by the node's own DNS, written in place before each start."""
         folder = self._folder / order.alloc
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         resolv = f"nameserver {self._layout.gateway}\noptions timeout:2 attempts:3\n"
         hosts = f"127.0.0.1 localhost\n::1 localhost\n{order.address} {order.alloc}\n"
         binds = []

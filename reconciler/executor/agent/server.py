@@ -145,7 +145,7 @@ class AgentServer:
     async def _session(
         self, orders: AsyncIterator[Order], context: grpc.aio.ServicerContext[Order, Report]
     ) -> AsyncIterator[Report]:
-        hello = await anext(orders)
+        hello = await anext(orders, None)
         if not isinstance(hello, Hello):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with hello")
             return
@@ -169,9 +169,12 @@ class AgentServer:
             yield self._beat()
             while not reader.done():
                 taking = asyncio.ensure_future(outbox.get())
-                await asyncio.wait({taking, reader}, return_when=asyncio.FIRST_COMPLETED)
-                if not taking.done():
-                    taking.cancel()
+                try:
+                    await asyncio.wait({taking, reader}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not taking.done():
+                        taking.cancel()
+                if not taking.done() or taking.cancelled():
                     break
                 yield taking.result()
         finally:
@@ -202,9 +205,18 @@ class AgentServer:
         key = (order.image, order.digest)
         if key in self._pulls:
             return  # under way: its reports go to whoever leads now
-        task = asyncio.create_task(self._images.pull(order, self.tell))
+        task = asyncio.create_task(self._pull(order))
         self._pulls[key] = task
         task.add_done_callback(lambda _: self._pulls.pop(key, None))
+
+    async def _pull(self, order: Pull) -> None:
+        """A pull always says how it ended: the leader waits for that."""
+        try:
+            await self._images.pull(order, self.tell)
+        except Exception as error:
+            log.exception("pull_failed", image=order.image)
+            self.tell(PullReport(image=order.image, digest=order.digest, state="failed",
+                                 error=str(error)))
 
     async def _beats(self) -> None:
         while True:

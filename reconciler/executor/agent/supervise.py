@@ -25,6 +25,7 @@ log = structlog.get_logger("mill.agent")
 TAIL_LINES = 20
 """The lines that a failed deploy shows (contracts: the deploy stream)."""
 STOP_RETRY_S = 2.0
+ACTOR_RETRY_S = 0.5
 
 
 class StartFailed(MillError):
@@ -111,7 +112,10 @@ class Actor:
             order = self.order
             if order is None:
                 await self._stop(grace_s())
-                return
+                if self.order is None:
+                    return
+                self.running = self.ended = -1  # wanted again while it was being stopped
+                continue
             if self.running < order.restarts and self.ended < order.restarts:
                 await self._start(order)
             elif self.running >= order.restarts:
@@ -129,15 +133,20 @@ class Actor:
             await self.runtime.start(order)
         except StartFailed as failed:
             log.warning("start_failed", alloc=self.alloc, reason=failed.what)
-            self.ended = order.restarts
-            self._say(AllocReport(
-                alloc=self.alloc, phase="error", restarts=order.restarts, error=failed.what,
-                node_fault=failed.node_fault,
-            ))
+            self._not_started(order, failed.what, node_fault=failed.node_fault)
+            return
+        except Exception as error:
+            log.exception("start_broke", alloc=self.alloc)
+            self._not_started(order, str(error), node_fault=True)
             return
         self.running = order.restarts
         self.started_at = self.now()
         self._say(AllocReport(alloc=self.alloc, phase="running", restarts=order.restarts))
+
+    def _not_started(self, order: Start, why: str, *, node_fault: bool) -> None:
+        self.ended = order.restarts
+        self._say(AllocReport(alloc=self.alloc, phase="error", restarts=order.restarts,
+                              error=why, node_fault=node_fault))
 
     async def _live(self, order: Start) -> None:
         """Probe until it ends or another order comes."""
@@ -158,8 +167,16 @@ class Actor:
         log.info("alloc_exited", alloc=self.alloc, code=end.code, oom=end.oom)
         self._say(AllocReport(
             alloc=self.alloc, phase="exited", restarts=order.restarts, exit_code=end.code,
-            oom=end.oom, tail=await self.runtime.tail(self.alloc, TAIL_LINES),
+            oom=end.oom, tail=await self._tail(),
         ))
+
+    async def _tail(self) -> tuple[str, ...]:
+        """The last lines; none where they cannot be read, for the exit matters more."""
+        try:
+            return await self.runtime.tail(self.alloc, TAIL_LINES)
+        except Exception:
+            log.exception("tail_failed", alloc=self.alloc)
+            return ()
 
     async def _probe(self, order: Start) -> None:
         probe, target = order.probe, self.runtime.target(order)
@@ -169,17 +186,25 @@ class Actor:
             since_ms = round((self.now() - self.started_at) * 1000)
             eager = judge.healthy is None or since_ms < probe.eager_ms
             await asyncio.sleep(waits_ms(probe, since_ms, eager) / 1000)
-            verdict = await look(probe, target)
+            verdict = await self._look(order, target)
             since_ms = round((self.now() - self.started_at) * 1000)
             if judge.take(verdict, since_ms) or verdict.detail != detail:
                 detail = verdict.detail
                 await self._judged(order, judge, verdict, since_ms)
 
+    async def _look(self, order: Start, target: Target) -> Verdict:
+        """A probe that breaks is one that did not pass: nobody would start it again."""
+        try:
+            return await look(order.probe, target)
+        except Exception as error:
+            log.exception("probe_failed", alloc=self.alloc)
+            return Verdict(False, f"the probe failed: {error}")
+
     async def _judged(
         self, order: Start, judge: Judge, verdict: Verdict, since_ms: int
     ) -> None:
         well = judge.healthy is True
-        tail = () if well else await self.runtime.tail(self.alloc, TAIL_LINES)
+        tail = () if well else await self._tail()
         self._say(AllocReport(
             alloc=self.alloc, phase="running", restarts=order.restarts, healthy=judge.healthy,
             detail=verdict.detail, since_start_s=since_ms / 1000, tail=tail,
@@ -190,8 +215,8 @@ class Actor:
             try:
                 await self.runtime.stop(self.alloc, grace_s)
                 break
-            except MillError as error:
-                log.warning("stop_failed", alloc=self.alloc, reason=error.what)
+            except Exception:
+                log.exception("stop_failed", alloc=self.alloc)
                 await asyncio.sleep(STOP_RETRY_S)
         self._say(AllocReport(alloc=self.alloc, phase="absent"))
 
@@ -262,7 +287,14 @@ class Supervisor:
 
     async def _life(self, actor: Actor) -> None:
         alloc = actor.alloc
-        await actor.run(lambda: self._graces.get(alloc, 10.0))
+        while True:
+            try:
+                await actor.run(lambda: self._graces.get(alloc, 10.0))
+                break
+            except Exception:
+                # What one container does to its actor must not end the node and all others.
+                log.exception("actor_failed", alloc=alloc)
+                await asyncio.sleep(ACTOR_RETRY_S)
         (self._folder / alloc).unlink(missing_ok=True)
         self._actors.pop(alloc, None)
         self._tasks.pop(alloc, None)
@@ -271,13 +303,20 @@ class Supervisor:
     def start(self, order: Start) -> None:
         """Have it run, in the ordered incarnation."""
         actor = self._actors.get(order.alloc)
-        if actor is not None:
-            if actor.order is not None and order.restarts > actor.order.restarts:
+        known = actor.order if actor is not None else None
+        try:
+            if known is None or order.restarts > known.restarts:
                 _write(self._folder, order)
-            actor.want(order)
+        except OSError as error:
+            log.warning("order_unwritten", alloc=order.alloc, reason=str(error))
+            self._tell(AllocReport(
+                alloc=order.alloc, phase="error", restarts=order.restarts, node_fault=True,
+                error=f"the order cannot be kept on disk: {error}"))
             return
-        _write(self._folder, order)
-        self._launch(self._actor(order.alloc, order))
+        if actor is not None:
+            actor.want(order)
+        else:
+            self._launch(self._actor(order.alloc, order))
 
     def stop(self, alloc: str, *, kill: bool) -> None:
         """Have it gone; what is gone is said to be."""

@@ -31,7 +31,7 @@ START_S = 60.0
 
 STOP_S = 10.0
 SOCKET_PATH_BYTES = 104
-"""`sun_path` of unix(7) is 108 bytes with its closing NUL."""
+"""`sun_path` of unix(7) is 108 bytes with its closing NUL; containerd itself refuses over 104."""
 
 _LOG_BYTES = 10 << 20
 _LOG_TAIL_LINES = 5
@@ -143,17 +143,23 @@ def purge_daemon(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _only_one(lock: Path) -> Iterator[None]:
-    with lock.open("w") as file:
+    with open(lock, "w", opener=_private) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
+def _private(path: str, flags: int) -> int:
+    """An opener of files for root alone."""
+    return os.open(path, flags, 0o600)
+
+
 def _launch(paths: DaemonPaths) -> None:
     config = _CONFIG.format(root=paths.root, state=paths.state, socket=paths.socket)
-    paths.config.write_text(config)
+    with open(paths.config, "w", opener=_private) as file:
+        file.write(config)
     if paths.log.exists() and paths.log.stat().st_size > _LOG_BYTES:
         paths.log.replace(paths.log.with_suffix(".log.1"))
-    with paths.log.open("ab") as log:
+    with open(paths.log, "ab", opener=_private) as log:
         # setsid --fork hands the daemon to init: it is nobody's child, so that it neither dies with
         # the terminal nor stays behind as a zombie of a caller that does not wait for it.
         subprocess.run(
