@@ -13,7 +13,7 @@ from itertools import islice
 from starlette.responses import Response
 
 from reconciler.api import replies
-from reconciler.api.calls import Asked, Call, Query
+from reconciler.api.calls import MAX_INDEX, Asked, Call, Query
 from reconciler.api.stream import encode
 from reconciler.api.types import EventList, EventRow
 from reconciler.errors import Malformed
@@ -23,7 +23,6 @@ from reconciler.fsm.state import State
 
 DEFAULT_EVENTS = 1_000
 MAX_EVENTS = 10_000
-MAX_INDEX = 10**18
 
 
 async def facts(ledger: Ledger, deploy_id: str, after: int) -> AsyncGenerator[Event, None]:
