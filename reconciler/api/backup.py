@@ -19,12 +19,9 @@ from reconciler.executor.backup import (
     restore,
 )
 
-PASSPHRASE = "mill-passphrase"
+HEADER = "mill-passphrase"
 """The header that carries it, UTF-8 percent-encoded: not the query, which proxies write down."""
 OCTETS = "application/octet-stream"
-
-_one_at_a_time = asyncio.Semaphore(1)
-"""scrypt takes 64 MiB and a core each time: asked for in parallel it is a way to harm a node."""
 
 
 async def backup(asked: Asked) -> Response:
@@ -33,7 +30,7 @@ async def backup(asked: Asked) -> Response:
     check_passphrase(passphrase)
     state = await asked.confirmed()
     backend = asked.backend
-    async with _one_at_a_time:
+    async with asked.site.costly:
         data = await asyncio.to_thread(
             make_backup, state, backend.cluster_key, passphrase, backend.random_bytes
         )
@@ -47,7 +44,7 @@ async def backup(asked: Asked) -> Response:
 async def take_over(asked: Asked) -> Response:
     """Restore: all or nothing, and nothing where the cluster holds anything."""
     backend = asked.backend
-    async with _one_at_a_time:
+    async with asked.site.costly:
         opened = await asyncio.to_thread(open_backup, asked.body, _passphrase(asked))
     index, carried = await restore(
         backend.ledger, opened, backend.cluster_key, backend.random_bytes
@@ -61,17 +58,17 @@ async def take_over(asked: Asked) -> Response:
 
 def _passphrase(asked: Asked) -> str:
     try:
-        return unquote(asked.request.headers.get(PASSPHRASE, ""), errors="strict")
+        return unquote(asked.request.headers.get(HEADER, ""), errors="strict")
     except UnicodeDecodeError:
-        raise Unprocessable(f"the header {PASSPHRASE} is not percent-encoded UTF-8") from None
+        raise Unprocessable(f"the header {HEADER} is not percent-encoded UTF-8") from None
 
 
 CALLS = (
     Call("GET", "/v1/backup", backup,
          "A backup, as one file; the header Mill-Passphrase seals it", role="admin", serve="read",
-         download=OCTETS, headers=((PASSPHRASE, "what the file opens with, percent-encoded"),)),
+         download=OCTETS, headers=((HEADER, "what the file opens with, percent-encoded"),)),
     Call("POST", "/v1/restore", take_over,
          "Take a backup over into an empty cluster; its sources come suspended", role="admin",
          serve="lead", answer=Restored, upload=OCTETS, max_body_bytes=MAX_FILE_BYTES,
-         headers=((PASSPHRASE, "what the file opens with, percent-encoded"),)),
+         headers=((HEADER, "what the file opens with, percent-encoded"),)),
 )

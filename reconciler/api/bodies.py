@@ -89,7 +89,7 @@ async def read_manifest(headers: Headers, body: bytes) -> dict[str, bytes]:
 
 def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is over {max_bytes // (1024 * 1024)} MiB",
-                        hint="split the manifest into several deploys")
+                        hint="split what is sent into several")
 
 
 def _media_type(headers: Headers) -> tuple[str, str]:

@@ -60,11 +60,15 @@ STALE = Query("stale", "answer from what this node knows, without a majority", v
 
 @dataclass(frozen=True)
 class Site:
-    """What all requests of one server share. `closing` ends its streams."""
+    """What all requests of one server share. `closing` ends its streams.
+
+    `costly` lets one backup be sealed or opened at a time: each takes a core and 64 MiB.
+    """
 
     backend: Backend
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     heartbeat_s: float = HEARTBEAT_S
+    costly: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
 
 @dataclass(frozen=True)
