@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import httpx
 
+from reconciler.fsm.codec import Entry, encode_entry
+from reconciler.fsm.commands import SetSecret, Trim
 from tests.api.cluster import Cluster, deployed
 
 
@@ -67,3 +69,25 @@ async def test_a_follower_has_the_leader_answer_or_answers_itself_when_that_is_e
     assert (await follower.get(f"/v1/status?at={index}")).json()["node"] == "node-1"
     stale = (await follower.get(f"/v1/status?at={index}&stale=ok")).json()
     assert (stale["node"], stale["stale"], stale["index"]) == ("node-2", True, index)
+
+
+async def test_events_that_the_state_forgot_come_from_the_log(
+    cluster: Cluster, api: httpx.AsyncClient
+) -> None:
+    log, ledger = cluster.log, cluster.nodes[0].ledger
+    first = len(log.entries)
+    for number in range(10_500):  # not one at a time over HTTP: this is the log's past
+        command = SetSecret(f"s{number % 7}", b"n" * 12, b"%d" % number)
+        log.append(encode_entry(Entry(1, command)))
+    cluster.clock.advance(48 * 3600)
+    await ledger.propose(Trim(cluster.clock.wall_ms()))
+    state = cluster.nodes[0].state
+    oldest = state.events[0][0].index
+    assert oldest > first + 100
+    rows = (await api.get(f"/v1/events?after={first}&limit=10000")).json()["events"]
+    assert [row["index"] for row in rows] == list(range(first + 1, first + 10_001))
+    rest = (await api.get(f"/v1/events?after={rows[-1]['index']}&limit=10000")).json()["events"]
+    assert [row["index"] for row in rest] == list(range(first + 10_001, first + 10_501))
+    log.forget()
+    kept = (await api.get(f"/v1/events?after={first + 1}&limit=5")).json()["events"]
+    assert kept[0]["index"] == oldest
