@@ -71,6 +71,12 @@ async def test_the_past_outlives_a_restart_and_a_change_of_leader(tmp_path: Path
             for index in (1, 2, items[40][0], items[700][0], items[1200][0]):
                 past = await replica.history(index)
                 assert replayed(past) == [item for item in items if item[0] <= index]
+        for name in cluster.replicas:
+            # Each journal begins at a snapshot that is held too, also the first after a restart.
+            held = {int(path.name.split("-")[1]) for path in files(tmp_path / name, "snapshot")}
+            begins = [int(path.name.split("-")[1]) for path in files(tmp_path / name, "journal")]
+            assert set(begins[1:]) <= held
+            assert begins[0] == 0
 
 
 async def test_history_answers_while_the_log_is_compacted_underneath(tmp_path: Path) -> None:
@@ -104,6 +110,19 @@ async def test_a_damaged_snapshot_is_gone_around_by_an_older_one(tmp_path: Path)
         second.write_bytes(second.read_bytes()[:-1] + b"~")
         past = await leader.history(index)
         assert past.base_index == int(files(folder, "snapshot")[0].name.partition("-")[2])
+        assert replayed(past) == [item for item in items if item[0] <= index]
+
+
+async def test_a_snapshot_of_another_index_is_not_taken_for_the_one_in_its_name(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, 1, SMALL) as cluster:
+        leader, folder, items = await several_snapshots(cluster)
+        second, third = files(folder, "snapshot")[1:3]
+        index = int(second.name.partition("-")[2]) + 3
+        second.unlink()
+        second.write_bytes(third.read_bytes())
+        past = await leader.history(index)
         assert replayed(past) == [item for item in items if item[0] <= index]
 
 
