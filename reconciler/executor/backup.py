@@ -18,9 +18,6 @@ import zlib
 from collections.abc import Callable
 
 import msgspec
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from msgspec.structs import replace
 
 from reconciler.errors import Conflict, Unprocessable
@@ -35,7 +32,15 @@ from reconciler.fsm.backup import (
 )
 from reconciler.fsm.commands import RestoreState
 from reconciler.fsm.records import Secret
-from reconciler.fsm.seal import KEY_BYTES, NONCE_BYTES, seal, unseal
+from reconciler.fsm.seal import (
+    KEY_BYTES,
+    NONCE_BYTES,
+    key_of,
+    seal,
+    seal_file,
+    unseal,
+    unseal_file,
+)
 from reconciler.fsm.state import State
 
 MAGIC = b"mill backup 1\n"
@@ -106,7 +111,7 @@ def make_backup(state: State, cluster_key: bytes, passphrase: str, random: Rando
     plain = msgspec.msgpack.encode(_Sealed(own_key, encode_contents(carried)))
     written = msgspec.json.encode(header)
     begin = MAGIC + _LENGTH.pack(len(written)) + written
-    sealed = AESGCM(_derived(passphrase, header)).encrypt(header.nonce, zlib.compress(plain), begin)
+    sealed = seal_file(_key(passphrase, header), header.nonce, begin, zlib.compress(plain))
     if len(begin) + len(sealed) + _SHA256_BYTES > MAX_FILE_BYTES:
         raise Conflict(f"the backup would have {len(sealed) >> 20} MiB, and no restore takes over "
                        f"{MAX_FILE_BYTES >> 20}",
@@ -117,14 +122,12 @@ def make_backup(state: State, cluster_key: bytes, passphrase: str, random: Rando
 def open_backup(data: bytes, passphrase: str) -> Opened:
     """Verify and open a file; Unprocessable says whether it is damaged or the passphrase wrong."""
     header, begins_at = _header(data)
-    try:
-        packed = AESGCM(_derived(passphrase, header)).decrypt(
-            header.nonce, data[begins_at:-_SHA256_BYTES], data[:begins_at]
-        )
-    except InvalidTag:
+    packed = unseal_file(_key(passphrase, header), header.nonce, data[:begins_at],
+                         data[begins_at:-_SHA256_BYTES])
+    if packed is None:
         raise Unprocessable("the passphrase does not open this backup",
                             hint=f"the one under which the backup of {header.cluster} at index "
-                                 f"{header.index} was made") from None
+                                 f"{header.index} was made")
     inflate = zlib.decompressobj()
     try:
         plain = inflate.decompress(packed, MAX_CONTENTS_BYTES)
@@ -183,9 +186,8 @@ def _header(data: bytes) -> tuple[Header, int]:
     return header, body + length
 
 
-def _derived(passphrase: str, header: Header) -> bytes:
-    kdf = Scrypt(salt=header.salt, length=KEY_BYTES, n=header.n, r=header.r, p=header.p)
-    return kdf.derive(passphrase.encode())
+def _key(passphrase: str, header: Header) -> bytes:
+    return key_of(passphrase, header.salt, n=header.n, r=header.r, p=header.p)
 
 
 def _resealed(carried: Contents, old: bytes, new: bytes, random: Random) -> Contents:
