@@ -86,7 +86,7 @@ def restore(settings: Settings, file: Path, passphrase_file: Path | None) -> Non
         click.echo(f"  {shown(answer.cluster)} restored as of index {answer.backup_index}, "
                    f"{answer.taken_at}: {found}")
         for name in answer.sources:
-            click.echo(f"  source {shown(name)} is suspended: mill git resume {shown(name)}")
+            click.echo(f"  source {shown(name)} is suspended")
 
 
 def _count(names: tuple[str, ...], noun: str) -> str:

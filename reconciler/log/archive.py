@@ -25,7 +25,8 @@ from reconciler.log.records import Entry
 FOLDER = "archive"
 MAX_AGE_S = 7 * 24 * 3600.0
 MAX_BYTES = 1 << 30
-"""Seven days or 1 GiB, the smaller (contracts: Defaults)."""
+"""Seven days or 1 GiB, the smaller (contracts: Defaults); and never more than is free beside it,
+so that the past does not fill the disk that the log needs."""
 MAX_FILES = 4096
 """Bounds the walk of the folder where snapshots are small; at 8 MiB each it is never reached."""
 MAX_REPLAY_BYTES = 256 << 20
@@ -71,6 +72,11 @@ class _Held:
     segments: list[_Segment]
 
 
+def _free_bytes(folder: Path) -> int:
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize
+
+
 class Archive:
     """The folder `archive` within a log's own. `now` gives seconds since the epoch.
 
@@ -80,10 +86,12 @@ class Archive:
     def __init__(
         self, log_folder: Path, now: Callable[[], float], *,
         max_age_s: float = MAX_AGE_S, max_bytes: int = MAX_BYTES,
+        free_bytes: Callable[[Path], int] = _free_bytes,
     ) -> None:
         self._log_folder, self._folder = log_folder, log_folder / FOLDER
         self._now = now
         self._max_age_s, self._max_bytes = max_age_s, max_bytes
+        self._free_bytes = free_bytes
         self._damaged: set[Path] = set()
 
     def keep(self, base: int, last: int) -> None:
@@ -228,9 +236,10 @@ class Archive:
         files = sum(map(len, groups.values()))
         total = sum(stat.st_size for group in groups.values() for stat in group.values())
         oldest_s = self._now() - self._max_age_s
+        limit = min(self._max_bytes, self._free_bytes(self._folder))
         for _, group in sorted(groups.items()):
             young = max(stat.st_mtime for stat in group.values()) >= oldest_s
-            if young and total <= self._max_bytes and files <= MAX_FILES:
+            if young and total <= limit and files <= MAX_FILES:
                 return
             for path, stat in group.items():
                 path.unlink()

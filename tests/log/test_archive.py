@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -92,6 +93,26 @@ async def test_history_answers_while_the_log_is_compacted_underneath(tmp_path: P
             number += 1
         await writing
         assert number > 5
+
+
+async def test_killed_in_the_middle_of_a_compaction_nothing_of_the_past_is_wrong(
+    tmp_path: Path,
+) -> None:
+    """The archive has the file, but the log has it still, and goes on writing into it."""
+    async with running(tmp_path, 1) as cluster:
+        items = await written(await cluster.leader(), 60)
+    cluster = Cluster(tmp_path, 1, SMALL)
+    Archive(tmp_path / "node-1", time.time).keep(0, items[50][0])
+    try:
+        await cluster.start()
+        leader = await cluster.leader()
+        items += await written(leader, 600)
+        assert len(files(tmp_path / "node-1", "journal")) > 3
+        for index, _ in items[::11]:
+            past = await leader.history(index)
+            assert replayed(past) == [item for item in items if item[0] <= index]
+    finally:
+        await cluster.stop()
 
 
 async def test_an_index_that_is_not_applied_yet_is_refused(tmp_path: Path) -> None:
@@ -206,6 +227,16 @@ def test_what_is_too_old_goes_a_snapshot_with_its_journal(tmp_path: Path) -> Non
         "snapshot-300", "snapshot-400", "snapshot-500", "snapshot-600",
         "journal-300-400", "journal-400-500", "journal-500-600", "journal-600-700",
     ]
+
+
+def test_the_past_takes_no_more_than_is_free_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "snapshot").write_bytes(bytes(1000))
+    (tmp_path / journal.NAME).write_bytes(bytes(1000))
+    grown(tmp_path, 5)
+    Archive(tmp_path, lambda: 1000.0, free_bytes=lambda _folder: 4500).keep(600, 700)
+    assert left(tmp_path) == ["snapshot-500", "snapshot-600", "journal-500-600", "journal-600-700"]
+    Archive(tmp_path, lambda: 1000.0, free_bytes=lambda _folder: 0).keep(700, 800)
+    assert left(tmp_path) == []
 
 
 def test_what_is_too_much_goes_oldest_first(tmp_path: Path) -> None:
