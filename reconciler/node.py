@@ -41,6 +41,7 @@ from reconciler.executor.containerd import network
 from reconciler.executor.containerd.client import Containerd
 from reconciler.executor.containerd.registry import resolve
 from reconciler.executor.front import Front
+from reconciler.executor.history import History
 from reconciler.executor.leader import Leader
 from reconciler.executor.ledger import CommandRefused, Ledger, StateMachine
 from reconciler.executor.links import Credentials, Links, LogReader
@@ -233,7 +234,8 @@ class Node:
 
     def _backend(self) -> Backend:
         return Backend(
-            node=self.config.name, ledger=self.ledger, deploys=Deploys(self.front),
+            node=self.config.name, ledger=self.ledger, history=History(self.replica),
+            deploys=Deploys(self.front),
             logs=Logs(LogReader(self.ledger, self.credentials)),
             sources=GitSources(self.ledger, self.front, lambda: self.sources),
             health=NodesView(lambda: self.links), cluster_key=self.cluster_key,

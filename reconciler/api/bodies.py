@@ -12,14 +12,13 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from reconciler.api.calls import MAX_BODY_BYTES
 from reconciler.api.problems import BodyTooLarge, UnsupportedMediaType
 from reconciler.api.types import Files
 from reconciler.errors import Malformed, Unprocessable
 
 T = TypeVar("T")
 
-MAX_BODY_BYTES = 2 * 1024 * 1024
-"""All texts of a manifest together (mill-language.md, rule 8), and so of any body."""
 MAX_FILES = 1_000
 MAX_FILE_NAME_CHARS = 255
 BODY_TIMEOUT_S = 60.0
@@ -33,18 +32,18 @@ _MANIFEST_HINT = (
 )
 
 
-async def read_body(request: Request) -> bytes:
+async def read_body(request: Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
     """The whole body; BodyTooLarge as soon as it is known to pass the bound."""
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise _too_large()
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise _too_large()
+                if len(body) > max_bytes:
+                    raise _too_large(max_bytes)
     except TimeoutError as error:
         raise Malformed(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s",
                         hint="send it again") from error
@@ -88,9 +87,9 @@ async def read_manifest(headers: Headers, body: bytes) -> dict[str, bytes]:
     return files
 
 
-def _too_large() -> BodyTooLarge:
-    return BodyTooLarge(f"the body is over {MAX_BODY_BYTES // (1024 * 1024)} MiB",
-                        hint="split the manifest into several deploys")
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is over {max_bytes // (1024 * 1024)} MiB",
+                        hint="split what is sent into several")
 
 
 def _media_type(headers: Headers) -> tuple[str, str]:

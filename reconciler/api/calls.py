@@ -24,6 +24,11 @@ Serve = Literal["lead", "read", "here"]
 HEARTBEAT_S = 15.0
 """How often a silent stream gets a comment line (contracts: The deploy stream)."""
 
+MAX_BODY_BYTES = 2 * 1024 * 1024
+"""All texts of a manifest together (mill-language.md, rule 8), and so of most bodies."""
+MAX_INDEX = 10**18
+"""No log is longer."""
+
 _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 MAX_DURATION_MS = 30 * _UNITS_MS["d"]
 
@@ -55,11 +60,15 @@ STALE = Query("stale", "answer from what this node knows, without a majority", v
 
 @dataclass(frozen=True)
 class Site:
-    """What all requests of one server share. `closing` ends its streams."""
+    """What all requests of one server share. `closing` ends its streams.
+
+    `costly` lets one backup be sealed or opened at a time: each takes a core and 64 MiB.
+    """
 
     backend: Backend
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     heartbeat_s: float = HEARTBEAT_S
+    costly: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,11 @@ Handler = Callable[[Asked], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Call:
-    """A method on a path. `answer` is the struct of its JSON, `streams` the struct of `data:`."""
+    """A method on a path. `answer` is the struct of its JSON, `streams` the struct of `data:`.
+
+    `download` and `upload` are the media types of an answer or a body of bytes; `headers` what it
+    reads beside the common ones, each with what it is for.
+    """
 
     method: Literal["GET", "POST", "PUT", "DELETE"]
     path: str
@@ -151,6 +164,10 @@ class Call:
     manifest: bool = False
     query: tuple[Query, ...] = ()
     open: bool = False
+    download: str = ""
+    upload: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    max_body_bytes: int = MAX_BODY_BYTES
 
     @property
     def queries(self) -> tuple[Query, ...]:
@@ -163,8 +180,8 @@ def parse_query(call: Call, request: Request) -> dict[str, object]:
     known = {query.name: query for query in call.queries}
     values: dict[str, object] = {}
     for name in dict.fromkeys(key for key, _ in request.query_params.multi_items()):
-        if name == "at":  # reads of the past are a call of their own that is not there
-            raise NotFound("there is no ?at= on this call", hint="ask without it, for the present")
+        if name == "at" and name not in known:
+            raise NotFound("there is no ?at= on this call", hint="/v1/status has it")
         if name not in known:
             raise BadQuery(f"no parameter {name!r}", hint=_known(call))
         query = known[name]

@@ -76,9 +76,13 @@ class Client:
     ) -> None:
         await self._connection.close()
 
-    async def status(self, *, stale: bool = False) -> t.StatusAnswer:
-        """The cluster at a glance; `stale`: as the asked node knows it, without a majority."""
-        return await self._get("/v1/status", t.StatusAnswer, _stale(stale))
+    async def status(self, *, stale: bool = False, at: int | None = None) -> t.StatusAnswer:
+        """The cluster at a glance, now or at a log index.
+
+        `stale`: as the asked node knows it, without a majority.
+        """
+        params = [*_stale(stale), *([("at", str(at))] if at is not None else [])]
+        return await self._get("/v1/status", t.StatusAnswer, params)
 
     async def services(self, *, stale: bool = False) -> t.ServiceList:
         """All services."""
@@ -233,6 +237,17 @@ class Client:
         return await self._send("DELETE", _path("sources", name), t.Removed, None,
                                 [("prune", "true")] if prune else [])
 
+    async def backup(self, passphrase: str, *, stale: bool = False) -> bytes:
+        """The file of a backup, sealed with the passphrase."""
+        return await self._connection.ask("GET", "/v1/backup", params=_stale(stale),
+                                          headers=_sealed_with(passphrase))
+
+    async def restore(self, data: bytes, passphrase: str) -> t.Restored:
+        """Take a backup over; the cluster must be empty."""
+        headers = {"content-type": "application/octet-stream", **_sealed_with(passphrase)}
+        answer = await self._connection.ask("POST", "/v1/restore", body=data, headers=headers)
+        return msgspec.json.decode(answer, type=t.Restored)
+
     async def _get(self, path: str, kind: type[A], params: Params = ()) -> A:
         return msgspec.json.decode(await self._connection.ask("GET", path, params=params),
                                    type=kind)
@@ -309,6 +324,10 @@ def _path(*pieces: str) -> str:
 
 def _stale(stale: bool) -> Params:
     return [("stale", "ok")] if stale else []
+
+
+def _sealed_with(passphrase: str) -> dict[str, str]:
+    return {"mill-passphrase": quote(passphrase, safe="")}
 
 
 def _json(body: msgspec.Struct | None) -> tuple[bytes, dict[str, str]]:

@@ -13,17 +13,20 @@ from itertools import islice
 from starlette.responses import Response
 
 from reconciler.api import replies
-from reconciler.api.calls import Asked, Call, Query
+from reconciler.api.calls import MAX_INDEX, Asked, Call, Query
 from reconciler.api.stream import encode
 from reconciler.api.types import EventList, EventRow
-from reconciler.errors import Malformed
+from reconciler.errors import Malformed, NotFound
+from reconciler.executor.history import History
 from reconciler.executor.ledger import Ledger
+from reconciler.fsm.apply_cluster import KEPT_EVENTS
 from reconciler.fsm.events import Event, Note
 from reconciler.fsm.state import State
 
 DEFAULT_EVENTS = 1_000
 MAX_EVENTS = 10_000
-MAX_INDEX = 10**18
+MAX_REPLAYS = 20
+"""States of the past for one page; most entries make an event, so that two or three fill it."""
 
 
 async def facts(ledger: Ledger, deploy_id: str, after: int) -> AsyncGenerator[Event, None]:
@@ -78,8 +81,34 @@ async def cluster_events(asked: Asked) -> Response:
     state = await asked.confirmed()
     if after < 0:
         after = _before_last(state, limit)
-    rows = tuple(row(event) for event in islice(state.events_after(after), limit))
+    found = await _recalled(asked.backend.history, state, after, limit)
+    rows = tuple(map(row, found))
     return replies.json(EventList(index=state.index, events=rows, stale=replies.stale(asked)))
+
+
+async def _recalled(history: History, state: State, after: int, limit: int) -> list[Event]:
+    """The oldest `limit` events after an index; those that are trimmed from the state since come
+    from states of the past, as far as the log holds them."""
+    found: list[Event] = []
+    replays = 0
+    while _trimmed(state, after) and len(found) < limit:
+        # An entry makes one event at most, and each state keeps so many: none is missing there.
+        upto = min(after + KEPT_EVENTS, state.index)
+        try:
+            past = await history.at(upto)
+        except NotFound:
+            break
+        found += islice(past.events_after(after), limit - len(found))
+        after, replays = upto, replays + 1
+        if found and replays >= MAX_REPLAYS:
+            return found  # whoever goes on after the last one misses nothing
+    return found + list(islice(state.events_after(after), limit - len(found)))
+
+
+def _trimmed(state: State, after: int) -> bool:
+    """Whether events after this index may have been forgotten."""
+    total = sum(map(len, state.events))
+    return total >= KEPT_EVENTS and state.events[0][0].index > after + 1
 
 
 async def _happenings(ledger: Ledger, after: int) -> AsyncGenerator[bytes, None]:

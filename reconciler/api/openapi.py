@@ -101,6 +101,8 @@ def _operation(call: Call) -> Schema:
                 "type": "object", "additionalProperties": {"type": "string"}}},
             "application/json": {"schema": _ref(types.Files)},
         }}
+    elif call.upload:
+        operation["requestBody"] = {"required": True, "content": {call.upload: {}}}
     elif call.body is not None:
         operation["requestBody"] = {"content": {"application/json": {"schema": _ref(call.body)}}}
     return operation
@@ -139,7 +141,7 @@ def _parameter(query: Query) -> Schema:
 
 
 def _headers(call: Call) -> list[Schema]:
-    names: list[tuple[str, str]] = []
+    names = list(call.headers)
     if call.streams == "deploy" and call.method == "POST":
         names.append(("Idempotency-Key", "a repeat with the same key is the same deploy"))
     if call.streams in ("deploy", "EventRow") and call.method == "GET":
@@ -154,6 +156,8 @@ def _responses(call: Call) -> Schema:
     contents: dict[int, Schema] = {}
     if call.answer is not None:
         contents[call.status] = {"application/json": {"schema": _ref(call.answer)}}
+    elif call.download:
+        contents[200] = {call.download: {}}
     elif not call.streams:
         contents[200] = {"application/json": {"schema": {}}}
     if call.streams:
@@ -180,9 +184,9 @@ def _problems(call: Call) -> list[int]:
         found |= {401, 403}
     if "{" in call.path:
         found.add(404)
-    if call.queries:
+    if call.queries or call.headers:
         found.add(422)
-    if call.manifest or call.body is not None:
+    if call.manifest or call.body is not None or call.upload:
         found.update(_BODY_PROBLEMS)
     if (call.method != "GET" and call.path != "/v1/plan") or call.manifest:
         found.add(409)

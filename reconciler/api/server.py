@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from reconciler.api import deploys, events, health, logs, secrets, sources, state
+from reconciler.api import backup, deploys, events, health, logs, secrets, sources, state
 from reconciler.api.auth import bearer, check_role, find_token, unknown_token
 from reconciler.api.bodies import read_body
 from reconciler.api.calls import HEARTBEAT_S, Asked, AskLeader, Call, Site, parse_query
@@ -45,7 +45,7 @@ MAX_HEADER_BYTES = 64 * 1024
 
 _DESCRIBED = (
     *health.CALLS, *deploys.CALLS, *state.CALLS, *events.CALLS, *logs.CALLS, *secrets.CALLS,
-    *sources.CALLS,
+    *sources.CALLS, *backup.CALLS,
 )
 CALLS: tuple[Call, ...] = (*_DESCRIBED, call_that_describes(_DESCRIBED))
 """Every call there is. What is not here is 404."""
@@ -73,7 +73,8 @@ class Api:
         if token is not None:
             check_role(call, token)
         asked = Asked(
-            self.site, request, token, parse_query(call, request), await read_body(request)
+            self.site, request, token, parse_query(call, request),
+            await read_body(request, call.max_body_bytes),
         )
         leads = self.site.backend.ledger.is_leader
         if not leads and (call.serve == "lead" or (token is None and not call.open)):

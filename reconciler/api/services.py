@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from reconciler.clock import Clock
+from reconciler.executor.history import History
 from reconciler.executor.ledger import Ledger
 from reconciler.executor.requests import DeployRequest
 from reconciler.fsm.events import Pulling
@@ -113,6 +114,7 @@ class Backend:
 
     node: str
     ledger: Ledger
+    history: History
     deploys: Deploys
     logs: Logs
     sources: Sources

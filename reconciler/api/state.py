@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
+from msgspec import UnsetType
+from msgspec.structs import replace
 from starlette.responses import Response
 
 from reconciler.api import replies
-from reconciler.api.calls import Asked, Call
+from reconciler.api.calls import MAX_INDEX, Asked, Call, Query
 from reconciler.api.deploys import record
 from reconciler.api.services import Backend
 from reconciler.api.sources import source_row
@@ -34,9 +36,13 @@ MAX_ENDED = 100
 
 
 async def status(asked: Asked) -> Response:
-    """The cluster at a glance."""
+    """The cluster at a glance, now or at an index that the log still holds."""
     state = await asked.confirmed()
     backend = asked.backend
+    index = asked.integer("at", 0)
+    if index:
+        past = await backend.history.at(index)
+        return replies.json(_past_status(past, backend, replies.stale(asked)))
     running = state.running_deploy()
     return replies.json(StatusAnswer(
         index=state.index, cluster=state.cluster, node=backend.node,
@@ -46,7 +52,7 @@ async def status(asked: Asked) -> Response:
             source_row(state.sources[name], backend) for name in sorted(state.sources)
         ),
         deploy=record(running, backend.clock.wall_ms()) if running else None,
-        warnings=tuple(warnings(state, backend)), stale=replies.stale(asked),
+        warnings=tuple(warnings(state, backend.health.edge_error)), stale=replies.stale(asked),
     ))
 
 
@@ -140,13 +146,13 @@ def node_rows(state: State, backend: Backend) -> tuple[NodeRow, ...]:
     )
 
 
-def warnings(state: State, backend: Backend) -> Iterable[str]:
-    """What is off, in words for a person, in a fixed order."""
+def warnings(state: State, edge_error: Callable[[str], str]) -> Iterable[str]:
+    """What is off, in words for a person, in a fixed order. `edge_error`: of a node, or ""."""
     for name in sorted(state.nodes):
         node = state.nodes[name]
         if node.status == "down":
             yield f"{name} is down since {replies.rfc3339(node.since_ms)}"
-        error = backend.health.edge_error(name)
+        error = edge_error(name)
         if error:
             yield f"the edge of {name} does not take the routes: {error}"
     for row in service_rows(state):
@@ -159,6 +165,22 @@ def warnings(state: State, backend: Backend) -> Iterable[str]:
         if source.status in ("failing", "unreachable", "held"):
             since = replies.rfc3339(source.since_ms)
             yield f"source {name} is {source.status} since {since}: {source.reason}"
+
+
+def _past_status(state: State, backend: Backend, stale: bool | UnsetType) -> StatusAnswer:
+    """As the log tells it alone: nobody led it, beat or polled as they do now."""
+    running = state.running_deploy()
+    nodes = node_rows(state, backend)
+    sources = (source_row(state.sources[name], backend) for name in sorted(state.sources))
+    return StatusAnswer(
+        index=state.index, cluster=state.cluster, node=backend.node, leader=None, term=0,
+        nodes=tuple(replace(node, leader=False, last_seen=None) for node in nodes),
+        services=service_rows(state),
+        sources=tuple(replace(source, next_poll=None) for source in sources),
+        deploy=record(running, state.time_ms) if running else None,
+        warnings=tuple(warnings(state, lambda _node: "")),
+        at=replies.rfc3339(state.time_ms), stale=stale,
+    )
 
 
 def _allocations_by_service(state: State) -> dict[str, list[Allocation]]:
@@ -194,7 +216,8 @@ def _ended_ms(alloc: Allocation) -> int:
 
 CALLS = (
     Call("GET", "/v1/status", status, "The cluster at a glance", role="read", serve="read",
-         answer=StatusAnswer),
+         answer=StatusAnswer,
+         query=(Query("at", "as it was after this log index", "integer", low=1, high=MAX_INDEX),)),
     Call("GET", "/v1/services", list_services, "Services by name", role="read", serve="read",
          answer=ServiceList),
     Call("GET", "/v1/services/{name}", show_service,

@@ -286,8 +286,13 @@ class SourceList(Answer, frozen=True, kw_only=True):
 
 
 class StatusAnswer(Answer, frozen=True, kw_only=True):
-    """`GET /v1/status`: the cluster at a glance. `deploy` is the one that runs now."""
+    """`GET /v1/status`: the cluster at a glance. `deploy` is the one that runs now.
 
+    With `?at=INDEX` it is the cluster as it was, `at` the logged time of that index; what the
+    log does not tell (leader, term, heartbeats, polls) is null or 0 then.
+    """
+
+    at: str | UnsetType = UNSET
     cluster: str
     node: str
     leader: str | None
@@ -354,6 +359,17 @@ class ScaleBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`POST …/scale`."""
 
     replicas: int
+
+
+class Restored(Answer, frozen=True, kw_only=True):
+    """`POST /v1/restore`: names of what was taken over, from which cluster and when."""
+
+    cluster: str
+    backup_index: int
+    taken_at: str
+    services: tuple[str, ...]
+    secrets: tuple[str, ...]
+    sources: tuple[str, ...]
 
 
 class EventRow(msgspec.Struct, frozen=True, kw_only=True):

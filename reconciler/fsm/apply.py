@@ -34,6 +34,7 @@ from reconciler.fsm.apply_deploys import (
     store_spec,
     warn_deploy,
 )
+from reconciler.fsm.apply_restore import restore_state
 from reconciler.fsm.apply_sources import observe_source, put_source, remove_source
 from reconciler.fsm.codec import Entry
 from reconciler.fsm.state import State
@@ -104,5 +105,7 @@ def _dispatch(state: State, command: c.AnyCommand) -> State | Refused:
             return remove_source(state, command)
         case c.Trim():
             return trim(state, command)
+        case c.RestoreState():
+            return restore_state(state, command)
         case _:
             assert_never(command)

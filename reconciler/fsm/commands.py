@@ -212,9 +212,20 @@ class Trim(Command, frozen=True, tag=23):
     before_ms: int
 
 
+class RestoreState(Command, frozen=True, tag=24):
+    """A piece of a backup's contents, secrets sealed with this cluster's key; the last of all
+    `parts` takes them over. Refused unless the cluster is empty."""
+
+    sha256: str
+    part: int
+    parts: int
+    data: bytes
+
+
 AnyCommand = (
     InitCluster | RegisterNode | SetNodeStatus | SetSecret | DeleteSecret | StoreSpec
     | StartDeploy | BeginPulls | ScheduleAlloc | RecordPull | FinishPulls | SetAllocStatus
     | PassService | CommitDeploy | RouteDeploy | FinishDeploy | RollBackDeploy | EndRollback
     | WarnDeploy | PutSource | ObserveSource | RemoveSource | Trim
+    | RestoreState
 )

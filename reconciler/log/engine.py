@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from reconciler.errors import MillError
+from reconciler.log.archive import Archive, Past
 from reconciler.log.disk import OsDisk
 from reconciler.log.errors import LogFailed, NotLeader, OutcomeUnknown
 from reconciler.log.hardening import Parts, ProposalDone, Raft
@@ -78,8 +80,10 @@ class Engine:
             undo.callback(self._poller.close)
             transport = TlsTransport(settings, self._poller)
             undo.callback(transport.destroy)
+            self._archive = Archive(settings.folder, time.time)
             parts = Parts(
-                self._journal, Snapshots(self._disk), machine, transport, self._poller, self
+                self._journal, Snapshots(self._disk), machine, transport, self._poller, self,
+                self._archive,
             )
             others = [each.name for each in settings.members if each != settings.me]
             self.raft = Raft(
@@ -123,6 +127,10 @@ class Engine:
             raise LogFailed("the raft thread does not end", hint="the disk may hang")
         self._poller.close()
         self._disk.close()
+
+    def past(self, index: int) -> Past:
+        """Blocking, in any thread: what led to the state at an applied index; raises NotHeld."""
+        return self._archive.past(index, self._journal.held())
 
     def status(self) -> Status:
         """A fresh view; raft thread only, or before it runs."""

@@ -18,17 +18,17 @@ from pysyncobj.config import SyncObjConf
 
 from reconciler.errors import MillError
 from reconciler.log import pinned, snapshot, wire
+from reconciler.log.archive import Archive
 from reconciler.log.core import Core, CoreJournal, Listener, Peer, PeerTransport
 from reconciler.log.elections import HASTE, Elections
 from reconciler.log.errors import LogFailed, NotLeader, OutcomeUnknown
 from reconciler.log.journal import Journal, check_beside_snapshot
 from reconciler.log.reads import Reads
-from reconciler.log.records import Entry
+from reconciler.log.records import COMMAND, NO_OP, Entry
 from reconciler.log.replication import ProtocolBroken, Replication
 from reconciler.log.settings import Machine, Timing
 from reconciler.log.snapshot import Snapshot, Snapshots
 
-COMMAND, NO_OP = b"\0", b"\1"  # the first byte of an entry, as pysyncobj has it
 APPLIED_PER_TICK = 2048  # so that a long replay does not silence the heartbeats
 TAKEN_PER_TICK_BYTES = 4 << 20  # of proposals, for the same reason
 KEPT_FOR_FOLLOWERS = 4  # 1/4 of snapshot_bytes stays in the journal for those a little behind
@@ -46,6 +46,7 @@ class Parts:
     transport: PeerTransport
     poller: object  # pysyncobj calls its poll(timeout_s)
     listener: Listener
+    archive: Archive | None = None  # none where the disk is simulated
 
 
 class Raft(Core):
@@ -56,6 +57,7 @@ class Raft(Core):
     ) -> None:
         self.journal, self.snapshots = parts.journal, parts.snapshots
         self.machine, self.listener = parts.machine, parts.listener
+        self._archive, self._snapshot_index = parts.archive, 0
         self.transport = parts.transport
         self.elections, self.reads = Elections(self), Reads(self)
         self.replication = Replication(self)
@@ -153,6 +155,7 @@ class Raft(Core):
 
     def install(self, received: Snapshot, data: bytes) -> None:
         """Put a verified snapshot of the leader in the place of everything here."""
+        self._keep_past()
         self.snapshots.store(data)
         self.machine.load(received.state)
         self.journal.reset(Entry(NO_OP, received.index, received.term))
@@ -182,7 +185,14 @@ class Raft(Core):
             self.journal.reset(Entry(NO_OP, stored.index, stored.term))
         self._begin_at(stored.index)
 
+    def _keep_past(self) -> None:
+        """Before a snapshot is replaced: what it and the journal say goes to the archive."""
+        if self._archive is not None:
+            self.journal.sync()
+            self._archive.keep(self._snapshot_index, self.applied_index)
+
     def _begin_at(self, index: int) -> None:
+        self._snapshot_index = index
         self._SyncObj__raftLastApplied = index
         self.advance_commit(index)
         self._compact_at = self.journal.size_bytes + self._snapshot_bytes
@@ -291,7 +301,9 @@ class Raft(Core):
         entry = journal.entry(self.applied_index)
         assert entry is not None, "the entry applied last is held"
         state = Snapshot(entry.index, entry.term, self.machine.dump())
+        self._keep_past()
         self.snapshots.store(snapshot.encode(state))
+        self._snapshot_index = entry.index
         self.replication.forget_transfers()
         journal.compact(journal.start_of(entry.index, self._snapshot_bytes // KEPT_FOR_FOLLOWERS))
         self._compact_at = journal.size_bytes + self._snapshot_bytes

@@ -81,6 +81,11 @@ class Journal:
         """A slice by position."""
         return self._state.entries[at]
 
+    def held(self) -> list[Entry]:
+        """A copy of all entries, from any thread: to copy a list is one step of the interpreter,
+        and so is each change that the raft thread makes to it."""
+        return self._state.entries[:]
+
     def entry(self, index: int) -> Entry | None:
         """The entry at `index`, where it is held."""
         entries = self._state.entries

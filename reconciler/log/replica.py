@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from reconciler.errors import MillError
+from reconciler.errors import MillError, Unprocessable
+from reconciler.log.archive import NotHeld, Past
 from reconciler.log.engine import Engine, News, Status
 from reconciler.log.errors import (
     CommandTooLarge,
@@ -27,7 +28,7 @@ from reconciler.log.wire import MAX_COMMAND_BYTES
 
 __all__ = [
     "CommandTooLarge", "LogBusy", "LogDamaged", "LogFailed", "Machine", "Member", "NoMajority",
-    "NotLeader", "OutcomeUnknown", "Replica", "Settings", "Timing",
+    "NotHeld", "NotLeader", "OutcomeUnknown", "Past", "Replica", "Settings", "Timing",
 ]  # fmt: skip
 
 MAX_PROPOSALS = 4096  # under way at once; what is more would only wait
@@ -184,6 +185,18 @@ class Replica:
             ) from error
         finally:
             self._waiters = [each for each in self._waiters if each[1] is not waiter]
+
+    async def history(self, index: int) -> Past:
+        """What led to the state at `index`: a snapshot's state and the commands since.
+
+        Read in a thread of its own from files and memory of this node. Raises NotHeld (with the
+        oldest index there is) or Unprocessable for one that is not applied here.
+        """
+        engine = self._running()
+        if not 0 < index <= self.applied_index:
+            raise Unprocessable(f"index {index} is not there yet; at {self.applied_index}",
+                                hint="ask for an earlier one, or wait")
+        return await asyncio.to_thread(engine.past, index)
 
     def _running(self) -> Engine:
         if self._engine is None or self._stopping:

@@ -14,6 +14,7 @@ MAGIC = b"mill snapshot 1\n"
 MAX_BYTES = 1 << 30  # a live state is megabytes; bounds what a peer can make this node hold
 _HEAD = struct.Struct("<QQQ")  # index, term, length of the state
 _CRC = struct.Struct("<I")  # over head and state
+HEAD_BYTES = len(MAGIC) + _HEAD.size + _CRC.size
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def encode(snapshot: Snapshot) -> bytes:
 
 def decode(data: bytes, path: str) -> Snapshot:
     """Verify and read; raises LogDamaged."""
-    body = len(MAGIC) + _HEAD.size + _CRC.size
+    body = HEAD_BYTES
     if len(data) < body or not data.startswith(MAGIC):
         raise LogDamaged("the snapshot does not begin as one", path, 0)
     index, term, length = _HEAD.unpack_from(data, len(MAGIC))
@@ -43,6 +44,14 @@ def decode(data: bytes, path: str) -> Snapshot:
     if zlib.crc32(state, zlib.crc32(head)) != _CRC.unpack_from(data, body - _CRC.size)[0]:
         raise LogDamaged("the snapshot's checksum does not match", path, body)
     return Snapshot(index, term, state)
+
+
+def index_of(head: bytes) -> int | None:
+    """The index that a file of these first HEAD_BYTES claims; None where it is no snapshot."""
+    if len(head) < HEAD_BYTES or not head.startswith(MAGIC):
+        return None
+    index: int = _HEAD.unpack_from(head, len(MAGIC))[0]
+    return index
 
 
 class Snapshots:

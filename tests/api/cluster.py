@@ -20,7 +20,8 @@ from reconciler.api.services import Ask, Backend, LogLine
 from reconciler.api.stream import Decoder, Message
 from reconciler.api.types import Placement, Plan, ServicePlan
 from reconciler.clock import FakeClock
-from reconciler.errors import Conflict, Unavailable
+from reconciler.errors import Conflict, Unavailable, Unprocessable
+from reconciler.executor.history import History
 from reconciler.executor.ledger import Ledger, StateMachine
 from reconciler.executor.requests import DeployRequest
 from reconciler.fsm import commands as c
@@ -38,6 +39,7 @@ from reconciler.fsm.records import (
 from reconciler.fsm.state import State
 from reconciler.language.problems import InvalidManifest, Problem
 from reconciler.language.spec import Health, ServiceSpec, canonical, spec_hash
+from reconciler.log.archive import NotHeld, Past
 
 TOKENS = {"admin": "mill-admin-token", "deploy": "mill-deploy-token", "read": "mill-read-token"}
 KEY = bytes(range(32))
@@ -52,6 +54,8 @@ class SharedLog:
         self.leader: str | None = "node-1"
         self.majority = True
         self.lagging: set[str] = set()
+        self.oldest = 0
+        self.base: bytes | None = None
         self.nodes: dict[str, tuple[StateMachine, Ledger, list[int]]] = {}
 
     def join(self, name: str, clock: FakeClock) -> Ledger:
@@ -69,6 +73,10 @@ class SharedLog:
             result = machine.apply(applied[0], self.entries[applied[0] - 1])
         ledger.woken(applied[0])
         return result
+
+    def forget(self) -> None:
+        """Hold no past before now."""
+        self.oldest, self.base = len(self.entries), self.nodes[self.leader or ""][0].dump()
 
     def install_snapshot(self, name: str, source: str) -> None:
         """`name` takes over the whole state of `source` at once, skipping the entries."""
@@ -111,6 +119,18 @@ class NodeReplica:
         await asyncio.sleep(0)
         self._check()
         return len(self.log.entries)
+
+    async def history(self, index: int) -> Past:
+        """As the real log: only what `forget` left, from a snapshot on."""
+        await asyncio.sleep(0)
+        log = self.log
+        if index > len(log.entries):
+            raise Unprocessable(f"index {index} is not there yet; at {len(log.entries)}")
+        if index < log.oldest:
+            raise NotHeld(index, log.oldest)
+        return Past(log.oldest, log.base, [
+            (number, log.entries[number - 1]) for number in range(log.oldest + 1, index + 1)
+        ])
 
     def _check(self) -> None:
         if not self.is_leader:
@@ -343,7 +363,8 @@ class Cluster:
         deploys, sources = WrittenDeploys(ledger), WrittenSources(ledger)
         logs, health = WrittenLogs(), Seen()
         backend = Backend(
-            node=name, ledger=ledger, deploys=deploys, logs=logs, sources=sources, health=health,
+            node=name, ledger=ledger, history=History(NodeReplica(self.log, name)),
+            deploys=deploys, logs=logs, sources=sources, health=health,
             cluster_key=KEY, clock=self.clock, random_bytes=lambda count: b"\7" * count,
         )
         return Node(name, ledger, deploys, logs, sources, health, self.clock,
