@@ -38,11 +38,13 @@ ALLOC_HEADS = ("ALLOCATION", "SERVICE", "NODE", "STATUS", "ADDRESS", "CPU", "MEM
 
 
 @click.command(cls=Command)
+@click.option("--at", type=click.IntRange(min=1), metavar="INDEX",
+              help="as it was after this log index")
 @pass_settings
-def status(settings: Settings) -> None:
-    """The cluster at a glance."""
+def status(settings: Settings, at: int | None) -> None:
+    """The cluster at a glance, now or at an index that the log still holds."""
     async def work(client: Client) -> StatusAnswer:
-        return await _or_stale(settings, lambda stale: client.status(stale=stale))
+        return await _or_stale(settings, lambda stale: client.status(stale=stale, at=at))
 
     answer = ask(settings, work)
     if settings.json:
@@ -167,8 +169,9 @@ def _fields(alloc: AllocationRow) -> dict[str, object]:
 def _status(answer: StatusAnswer) -> list[str]:
     leader = f"led by {answer.leader}" if answer.leader else "no leader"
     count = len(answer.nodes)
-    found = [f"{shown(answer.cluster)}: {count} node{'' if count == 1 else 's'}, {leader}, "
-             f"term {answer.term}, index {answer.index}"]
+    when = f"as of {answer.at}" if isinstance(answer.at, str) else f"{leader}, term {answer.term}"
+    found = [f"{shown(answer.cluster)}: {count} node{'' if count == 1 else 's'}, {when}, "
+             f"index {answer.index}"]
     found += [f"warning: {shown(warning)}" for warning in answer.warnings]
     if answer.deploy is not None:
         running = answer.deploy

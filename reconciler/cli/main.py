@@ -40,6 +40,8 @@ SECTIONS: dict[str, dict[str, tuple[str, str, str]]] = {
     "Cluster": {
         "git": ("sources", "git", "repositories that the cluster follows"),
         "secret": ("secrets", "secret", "secrets"),
+        "backup": ("backup", "backup", "services, secrets and sources to one sealed file"),
+        "restore": ("backup", "restore", "a backup back into an empty cluster"),
         "dev": ("dev", "dev", "a real cluster on this machine"),
     },
 }
