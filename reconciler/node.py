@@ -108,6 +108,7 @@ class Node:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set."""
+        self.replica.on_closed(self._on_log_closed)
         await self.replica.start()
         self.replica.on_applied(self.ledger.woken)
         self.replica.on_leadership(self._on_leadership)
@@ -156,8 +157,8 @@ class Node:
         stopped.cancel()
         if self.replica.fatal.done() and not self.replica.fatal.cancelled():
             error = self.replica.fatal.exception()
-            log.error("log_closed", reason=str(error))
-            raise MillError(f"the log of {self.config.name} has closed: {error}")
+            log.error("log_failed", reason=str(error))
+            raise MillError(f"the log of {self.config.name} has failed: {error}")
 
     # -- parts -----------------------------------------------------------------------------
 
@@ -205,8 +206,17 @@ class Node:
         return Beat(
             at_ms=self.clock.wall_ms(), edge_index=edge.confirmed if edge else 0,
             edge_error=edge.last_error if edge else "",
-            busy=tuple(sorted(edge.busy)) if edge else (),
+            busy=tuple(sorted(edge.busy)) if edge else (), log_error=self.replica.closed,
         )
+
+    def _on_log_closed(self, reason: str) -> None:
+        """Agent, edge and stale reads go on; the leader is told which disk it is."""
+        if reason:
+            log.error("log_closed", node=self.config.name, reason=reason)
+        else:
+            log.info("log_open_again", node=self.config.name)
+        if self.agent is not None:
+            self.agent.beat_now()
 
     async def _start_agent(self, runtime: NodeRuntime, group: asyncio.TaskGroup) -> Supervisor:
         def tell(report: Report) -> None:
@@ -236,7 +246,9 @@ class Node:
             node=self.config.name, ledger=self.ledger, deploys=Deploys(self.front),
             logs=Logs(LogReader(self.ledger, self.credentials)),
             sources=GitSources(self.ledger, self.front, lambda: self.sources),
-            health=NodesView(lambda: self.links), cluster_key=self.cluster_key,
+            health=NodesView(
+                lambda: self.links, self.config.name, lambda: self.replica.closed),
+            cluster_key=self.cluster_key,
             clock=self.clock, random_bytes=os.urandom,
         )
 

@@ -83,7 +83,8 @@ async def list_nodes(asked: Asked) -> Response:
     """All nodes by name."""
     state = await asked.confirmed()
     return replies.json(NodeList(
-        index=state.index, nodes=node_rows(state, asked.backend), stale=replies.stale(asked)
+        index=state.index, nodes=node_rows(state, asked.backend),
+        warnings=tuple(log_warnings(state, asked.backend)), stale=replies.stale(asked),
     ))
 
 
@@ -140,8 +141,18 @@ def node_rows(state: State, backend: Backend) -> tuple[NodeRow, ...]:
     )
 
 
+def log_warnings(state: State, backend: Backend) -> Iterable[str]:
+    """Whose log is closed, and which disk has to be looked at. A node that has not been able to
+    read its log knows of no nodes: then it speaks of itself."""
+    for name in sorted({backend.node, *state.nodes}):
+        error = backend.health.log_error(name)
+        if error:
+            yield f"{name}: its log is closed: {error}"
+
+
 def warnings(state: State, backend: Backend) -> Iterable[str]:
     """What is off, in words for a person, in a fixed order."""
+    yield from log_warnings(state, backend)
     for name in sorted(state.nodes):
         node = state.nodes[name]
         if node.status == "down":

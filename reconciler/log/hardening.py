@@ -170,6 +170,7 @@ class Raft(Core):
             self._onMessage(peer, {"type": "response_vote", "term": term})
 
     def _load(self) -> None:
+        self.machine.reset()
         stored, first = self.snapshots.load(), self.journal[0]
         if stored is None:
             check_beside_snapshot(self.journal, 1, self.snapshots.path)

@@ -1,16 +1,18 @@
 """The journal: every entry, the term and the vote, on disk before anybody hears of them.
 
 Appends are buffered; `sync` writes what has gathered since the last one and syncs once
-(group commit). After a failed write or sync the journal is closed for good.
+(group commit). After a failed write or sync this journal is closed for good; another one,
+from what the disk then holds, may take its place (`reopening`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from reconciler.log import records
 from reconciler.log.disk import Disk, File, replace_file
-from reconciler.log.errors import LogDamaged, LogFailed
+from reconciler.log.errors import DiskFailed, LogDamaged, LogFailed
 from reconciler.log.records import Entry
 
 NAME = "journal"
@@ -22,18 +24,23 @@ _log = logging.getLogger(__name__)
 class Journal:
     """The entries from `first` to `last`, never empty once Raft has put its first one in.
 
-    Raises LogDamaged on opening, LogFailed from anything that writes.
+    Raises LogDamaged on opening, DiskFailed from anything that reads or writes.
+
+    It is read from the disk, not from the cache, where the kernel allows it. `after_failure`:
+    what was read goes into a new file as well, for pages whose sync failed may look written,
+    and no later sync writes them.
     """
 
-    def __init__(self, disk: Disk) -> None:
+    def __init__(self, disk: Disk, *, after_failure: bool = False) -> None:
         self._disk = disk
         self._path = disk.where(NAME)
         self._pending: list[bytes] = []
         self._file: File | None = None
+        self._failure: DiskFailed | None = None
         try:
-            data = disk.read(NAME)
+            data = disk.read_stored(NAME)
             self._state = records.Recovered() if data is None else records.recover(data, self._path)
-            if data is None:
+            if data is None or after_failure:
                 self._rewrite()
             else:
                 self._open(len(data))
@@ -142,7 +149,7 @@ class Journal:
             return
         data = b"".join(self._pending)
         if self._file is None:
-            raise LogFailed("the journal is closed", at=self._path)
+            raise self._failure or LogFailed("the journal is closed", at=self._path)
         try:
             if self._state.end + len(data) > self._reserved:
                 length = max(RESERVE_BYTES, len(data))
@@ -214,18 +221,17 @@ class Journal:
         self._file = self._disk.open(NAME)
         self._reserved = state.end
 
-    def _failed(self, error: OSError) -> LogFailed:
+    def _failed(self, error: OSError) -> DiskFailed:
         self._close_file()
-        return LogFailed(
-            f"the journal cannot be written: {error.strerror or error}",
-            at=self._path,
-            hint="free the disk or replace it, then start the agent again",
-        )
+        self._failure = DiskFailed("the journal cannot be written", error, self._path)
+        return self._failure
 
     def _close_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
-            file.close()
+            # All that counts was synced before, or is given up: close(2) has nothing to add.
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def check_beside_snapshot(journal: Journal, snapshot_index: int, path: str) -> None:

@@ -43,6 +43,9 @@ class Ledger:
     def load(self, snapshot: bytes) -> None:
         self.items = msgspec.msgpack.decode(snapshot, type=list[tuple[int, bytes]])
 
+    def reset(self) -> None:
+        self.items = []
+
 
 def free_members(count: int) -> tuple[Member, ...]:
     """Members on ports that were free a moment ago."""

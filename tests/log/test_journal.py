@@ -142,7 +142,7 @@ def test_after_a_failed_write_the_journal_is_closed_for_good(fault: str) -> None
         journal.sync()
     assert f"node-1/{NAME}" in str(caught.value)
     setattr(disk, fault, False)
-    with pytest.raises(LogFailed, match="closed"):
+    with pytest.raises(LogFailed, match="cannot be written"):
         journal.sync()
     journal.abandon()
     assert Journal(disk).last.index >= 3

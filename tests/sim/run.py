@@ -14,6 +14,7 @@ import traceback
 from dataclasses import dataclass
 
 from reconciler.log import pinned
+from tests.sim.disk import SimDisk
 from tests.sim.invariants import Violation
 from tests.sim.world import World
 
@@ -32,6 +33,7 @@ class Report:
     highest_term: int
     steps: int
     failed_disks: int
+    reopened: int
 
 
 def run(seed: int, steps: int = STEPS) -> Report:
@@ -73,8 +75,8 @@ def _trouble(world: World, revive: float) -> None:
     node, other = rng.choice(leaders or nodes), rng.choice(nodes)
     if rng.random() < 0.6:
         node = rng.choice(nodes)
-    match rng.randrange(11):
-        case 0 | 1 if node.raft is not None:
+    match rng.randrange(12):
+        case 0 | 1 if node.raft is not None or node.closed:
             world.crash(node)
         case 2 if node is not other:
             world.cut(node.name, other.name)
@@ -89,7 +91,7 @@ def _trouble(world: World, revive: float) -> None:
         case 5:
             node.paused_until_s = world.now_s + rng.uniform(0.1, 3.0)
         case 6 if rng.random() < 0.3:
-            node.disk.full, node.disk.broken = rng.choice(((True, False), (False, True)))
+            _spoil(rng, node.disk)
         case 7:
             node.skew_s += rng.uniform(0.0, 0.5)
         case 8 if rng.random() < 0.2:
@@ -98,11 +100,27 @@ def _trouble(world: World, revive: float) -> None:
         case 9 if node.raft is not None:
             world.crash(node)  # and back at once: what it said must still bind it
             world.restart(node)
+        case 10 if node.raft is not None or node.closed:
+            world.kill(node)  # what its last sync failed to write may still look written
+            world.restart(node)
         case _:
             world.network.cut.clear()
     for each in nodes:
-        if each.raft is None and rng.random() < revive:
+        if each.disk.faulty and rng.random() < revive:
+            each.disk.mend()
+        if each.raft is None and not each.closed and rng.random() < revive:
             world.restart(each)
+
+
+def _spoil(rng: random.Random, disk: SimDisk) -> None:
+    """For a while: no room, no sync, or now and then either."""
+    match rng.randrange(3):
+        case 0:
+            disk.full = True
+        case 1:
+            disk.broken = True
+        case _:
+            disk.flaky = rng.choice((0.02, 0.2, 0.5))
 
 
 def _settle(world: World, seed: int, steps: int) -> Report:
@@ -134,6 +152,7 @@ def _settle(world: World, seed: int, steps: int) -> Report:
         max(node.term for node in world.live),
         steps + quiet,
         world.failed_disks,
+        world.reopened,
     )
 
 
@@ -165,11 +184,12 @@ def main(arguments: list[str]) -> int:
     messages = sum(report.messages for report in reports)
     acked = sum(report.acked for report in reports)
     failed_disks = sum(report.failed_disks for report in reports)
+    reopened = sum(report.reopened for report in reports)
     digest = reports[-1].digest if reports else "-"
     print(
         f"{len(seeds)} seeds, {len(failed)} failed, {steps * 0.01:.0f} simulated s in"
         f" {took_s:.1f} s ({steps / took_s:.0f} steps/s), {messages} messages, {acked} acked,"
-        f" {failed_disks} failed disks, last digest {digest}"
+        f" {failed_disks} failed disks, {reopened} logs open again, last digest {digest}"
     )
     return 1 if failed else 0
 
