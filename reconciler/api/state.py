@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import msgspec
+from msgspec import UNSET
 from starlette.responses import Response
 
 from reconciler.api import replies
@@ -84,7 +85,7 @@ async def list_nodes(asked: Asked) -> Response:
     state = await asked.confirmed()
     return replies.json(NodeList(
         index=state.index, nodes=node_rows(state, asked.backend),
-        warnings=tuple(log_warnings(state, asked.backend)), stale=replies.stale(asked),
+        warnings=tuple(log_warnings(state, asked.backend)) or UNSET, stale=replies.stale(asked),
     ))
 
 
