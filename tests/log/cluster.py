@@ -160,6 +160,11 @@ class Process:
         answer: dict[str, object] = json.loads(line)
         return answer
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         os.kill(self._process.pid, number)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from reconciler.log import snapshot
 from reconciler.log.core import CoreJournal
+from reconciler.log.disk import Disk
 from reconciler.log.hardening import Raft
 from reconciler.log.journal import Journal
 from reconciler.log.reads import Reads
@@ -21,7 +22,8 @@ from reconciler.log.replication import Replication
 from reconciler.log.snapshot import Snapshots
 from reconciler.log.wire import Ack, Append, Chunk, PreVote, RequestVote
 from tests.sim import run as simulation
-from tests.sim.disk import SimFile
+from tests.sim.disk import SimDisk, SimFile
+from tests.sim.world import SimMachine
 
 Replace = Callable[[type, str, Callable[..., object]], None]
 
@@ -163,6 +165,42 @@ def seal_nothing(replace: Replace) -> None:
     replace(Journal, "cut", cut)
 
 
+def retry_sync(replace: Replace) -> None:
+    """A failed sync of the same open file is tried again, and believed."""
+    sync = SimFile.sync
+
+    def until_it_says_yes(file: SimFile) -> None:
+        try:
+            sync(file)
+        except OSError:
+            if file._disk.flaky == 0.0:
+                raise
+            until_it_says_yes(file)
+
+    replace(SimFile, "sync", until_it_says_yes)
+
+
+def trust_the_cache(replace: Replace) -> None:
+    """A log opens again on what the cache shows, and writes on in the same file."""
+    replace(SimDisk, "read_stored", SimDisk.read)
+    begin = Journal.__init__
+
+    def as_at_a_start(journal: Journal, disk: Disk, *, after_failure: bool = False) -> None:
+        begin(journal, disk)
+
+    replace(Journal, "__init__", as_at_a_start)
+
+
+def trust_the_name(replace: Replace) -> None:
+    """A log that opens again takes the snapshot's name for durable, whatever the sync said."""
+    replace(Snapshots, "renew", lambda snapshots: None)
+
+
+def keep_the_machine(replace: Replace) -> None:
+    """A log that opens again applies its entries to the machine as it was."""
+    replace(SimMachine, "reset", lambda machine: None)
+
+
 MUTANTS: tuple[Callable[[Replace], None], ...] = (
     skip_sync,
     forget_vote,
@@ -177,6 +215,12 @@ MUTANTS: tuple[Callable[[Replace], None], ...] = (
     vote_for_the_short,
     compact_before_snapshot,
     seal_nothing,
+)
+OF_DISKS: tuple[Callable[[Replace], None], ...] = (  # seen only where disks fail often
+    retry_sync,
+    trust_the_cache,
+    trust_the_name,
+    keep_the_machine,
 )
 
 
@@ -198,7 +242,7 @@ def caught_at(mutant: Callable[[Replace], None], seeds: range) -> tuple[int, Exc
     with broken(mutant):
         for seed in seeds:
             try:
-                simulation.run(seed)
+                simulation.run(seed, bad_disks=mutant in OF_DISKS)
             except Exception as error:  # noqa: BLE001  # whatever it is, it was noticed
                 return seed, error
     return None
@@ -212,7 +256,7 @@ def main(arguments: list[str]) -> int:
     first, _, end = options.seeds.partition("..")
     logging.disable(logging.CRITICAL)
     missed = 0
-    for mutant in MUTANTS:
+    for mutant in (*MUTANTS, *OF_DISKS):
         if options.only not in mutant.__name__:
             continue
         caught = caught_at(mutant, range(int(first), int(end)))

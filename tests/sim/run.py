@@ -36,8 +36,11 @@ class Report:
     reopened: int
 
 
-def run(seed: int, steps: int = STEPS) -> Report:
-    """One world from beginning to end; raises Violation, or whatever the log raised."""
+def run(seed: int, steps: int = STEPS, *, bad_disks: bool = False) -> Report:
+    """One world from beginning to end; raises Violation, or whatever the log raised.
+
+    `bad_disks`: in each second trouble a disk fills up or fails, for a while.
+    """
     rng = random.Random(seed)
     members = rng.choice((1, 3, 3, 3, 5, 5))
     try:
@@ -50,6 +53,8 @@ def run(seed: int, steps: int = STEPS) -> Report:
             world.step()
             _work(world, burst)
             if number % fault_every == 0:
+                if bad_disks and rng.random() < 0.5:
+                    _spoil(rng, rng.choice(list(world.nodes.values())).disk)
                 _trouble(world, revive)
         return _settle(world, seed, steps)
     finally:
@@ -165,6 +170,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0..100", help="A..B, B not included; or one seed")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--bad-disks", action="store_true", help="disks fail much more often")
     options = parser.parse_args(arguments)
     first, _, end = options.seeds.partition("..")
     seeds = range(int(first), int(end) if end else int(first) + 1)
@@ -172,11 +178,14 @@ def main(arguments: list[str]) -> int:
     began, reports, failed = time.monotonic(), [], []
     for seed in seeds:
         try:
-            reports.append(run(seed, options.steps))
+            reports.append(run(seed, options.steps, bad_disks=options.bad_disks))
         except Exception as error:  # noqa: BLE001  # a failing seed is a result
             failed.append(seed)
             print(f"seed {seed} FAILED: {type(error).__name__}: {error}")
-            print(f"  replay: python -m tests.sim.run --seeds {seed} --steps {options.steps}")
+            more = " --bad-disks" if options.bad_disks else ""
+            print(
+                f"  replay: python -m tests.sim.run --seeds {seed} --steps {options.steps}{more}"
+            )
             if len(seeds) == 1:
                 traceback.print_exc()
     took_s = time.monotonic() - began
