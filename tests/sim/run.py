@@ -53,9 +53,9 @@ def run(seed: int, steps: int = STEPS, *, bad_disks: bool = False) -> Report:
             world.step()
             _work(world, burst)
             if number % fault_every == 0:
+                _trouble(world, revive)
                 if bad_disks and rng.random() < 0.5:
                     _spoil(rng, rng.choice(list(world.nodes.values())).disk)
-                _trouble(world, revive)
         return _settle(world, seed, steps)
     finally:
         pinned.use_time(time.monotonic, random.Random())
