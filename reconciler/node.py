@@ -54,6 +54,7 @@ from reconciler.git.bring import Bring
 from reconciler.git.findings import Commit
 from reconciler.git.poll import Poller
 from reconciler.git.source import Sources
+from reconciler.log import rejoin
 from reconciler.log.replica import Replica
 from reconciler.log.settings import Member, Settings
 from reconciler.node_backend import Deploys, GitSources, Logs, NodesView
@@ -370,12 +371,18 @@ def _log_to(stream: object) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`CONFIG NAME`: 0 after a stop that was asked for, 1 with the reason logged."""
+    """`CONFIG NAME [--rejoin]`: 0 after a stop that was asked for, 1 with the reason logged.
+
+    `--rejoin`: the log here is lost or damaged; move it aside and bring it back from the peers.
+    """
     config = load(Path(argv[0]))
     _log_to(sys.stderr)
     # The raft thread must not wait 5 ms for the loop's thread to let go of the interpreter.
     sys.setswitchinterval(SWITCH_S)
     try:
+        if "--rejoin" in argv[2:]:
+            moved = rejoin.begin(Path(config.data) / "log")
+            log.warning("log_moved_aside", node=config.name, to=", ".join(moved))
         asyncio.run(serve(config))
     except (MillError, OSError) as error:
         log.error("node_failed", node=config.name, reason=str(error))

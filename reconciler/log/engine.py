@@ -99,8 +99,9 @@ class Engine:
             transport = TlsTransport(settings, self._poller)
             undo.callback(transport.destroy)
             parts = Parts(
-                self._journal, Snapshots(self._disk), machine, transport, self._poller, self
-            )
+                self._journal, Snapshots(self._disk), machine, transport, self._poller, self,
+                self._disk,
+            )  # fmt: skip
             others = [each.name for each in settings.members if each != settings.me]
             self.raft = Raft(
                 settings.me.name, others, parts, settings.timing, settings.snapshot_bytes

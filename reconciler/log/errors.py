@@ -8,8 +8,8 @@ AGAIN = "the cluster elects a new leader within seconds; try again"
 CHECK = "it may or may not have happened: look before you repeat it"
 FREE = "free the disk or replace it; the log opens again by itself within seconds"
 REBUILD = (
-    "this node's copy cannot be trusted; move its data folder aside and join the machine "
-    "again as a new node: its peers hold the data"
+    "this node's copy cannot be trusted, its peers hold the data: start its agent once with "
+    "--rejoin, which moves the log aside and brings it back from them"
 )
 
 

@@ -18,6 +18,7 @@ from reconciler.log.hardening import Raft
 from reconciler.log.journal import Journal
 from reconciler.log.reads import Reads
 from reconciler.log.records import Entry
+from reconciler.log.rejoin import MARK, Rejoin
 from reconciler.log.replication import Replication
 from reconciler.log.snapshot import Snapshots
 from reconciler.log.wire import Ack, Append, Chunk, PreVote, RequestVote
@@ -201,6 +202,28 @@ def keep_the_machine(replace: Replace) -> None:
     replace(SimMachine, "reset", lambda machine: None)
 
 
+def vote_with_an_empty_log(replace: Replace) -> None:
+    """Whoever lost its disk begins as a new voter under the old name."""
+    replace(Rejoin, "hears", lambda rejoin, peer, message: True)
+    replace(Rejoin, "tick", _rejoined)
+
+
+def _rejoined(rejoin: Rejoin) -> bool:
+    rejoin._disk.remove(MARK)
+    rejoin._disk.sync_folder()
+    return True
+
+
+def vote_before_caught_up(replace: Replace) -> None:
+    """Whoever lost its disk votes again once it has taken up a term."""
+    tick = Rejoin.tick
+
+    def early(rejoin: Rejoin) -> bool:
+        return _rejoined(rejoin) if rejoin._bound else tick(rejoin)
+
+    replace(Rejoin, "tick", early)
+
+
 MUTANTS: tuple[Callable[[Replace], None], ...] = (
     skip_sync,
     forget_vote,
@@ -237,12 +260,20 @@ def broken(mutant: Callable[[Replace], None]) -> Iterator[None]:
         yield
 
 
+OF_LOST_DISKS: tuple[Callable[[Replace], None], ...] = (
+    vote_with_an_empty_log,
+    vote_before_caught_up,
+)
+
+
 def caught_at(mutant: Callable[[Replace], None], seeds: range) -> tuple[int, Exception] | None:
     """The first seed that fails with the mutant, and how."""
     with broken(mutant):
         for seed in seeds:
             try:
-                simulation.run(seed, bad_disks=mutant in OF_DISKS)
+                simulation.run(
+                    seed, bad_disks=mutant in OF_DISKS, lost_disks=mutant in OF_LOST_DISKS
+                )
             except Exception as error:  # noqa: BLE001  # whatever it is, it was noticed
                 return seed, error
     return None
@@ -256,7 +287,7 @@ def main(arguments: list[str]) -> int:
     first, _, end = options.seeds.partition("..")
     logging.disable(logging.CRITICAL)
     missed = 0
-    for mutant in (*MUTANTS, *OF_DISKS):
+    for mutant in (*MUTANTS, *OF_DISKS, *OF_LOST_DISKS):
         if options.only not in mutant.__name__:
             continue
         caught = caught_at(mutant, range(int(first), int(end)))

@@ -6,6 +6,7 @@ A failing seed is printed with the command that replays it. Exit status 1 if any
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import random
 import sys
@@ -34,12 +35,16 @@ class Report:
     steps: int
     failed_disks: int
     reopened: int
+    wiped: int = 0
 
 
-def run(seed: int, steps: int = STEPS, *, bad_disks: bool = False) -> Report:
+def run(
+    seed: int, steps: int = STEPS, *, bad_disks: bool = False, lost_disks: bool = False
+) -> Report:
     """One world from beginning to end; raises Violation, or whatever the log raised.
 
-    `bad_disks`: in each second trouble a disk fills up or fails, for a while.
+    `bad_disks`: in each second trouble a disk fills up or fails, for a while. `lost_disks`:
+    one at a time is lost, and its node rejoins.
     """
     rng = random.Random(seed)
     members = rng.choice((1, 3, 3, 3, 5, 5))
@@ -49,6 +54,7 @@ def run(seed: int, steps: int = STEPS, *, bad_disks: bool = False) -> Report:
         burst = rng.choice((1, 2, 8))
         fault_every = rng.choice((5, 15, 40, 100))
         revive = rng.choice((0.2, 0.5, 1.0))
+        wiped = 0
         for number in range(steps):
             world.step()
             _work(world, burst)
@@ -56,7 +62,10 @@ def run(seed: int, steps: int = STEPS, *, bad_disks: bool = False) -> Report:
                 _trouble(world, revive)
                 if bad_disks and rng.random() < 0.5:
                     _spoil(rng, rng.choice(list(world.nodes.values())).disk)
-        return _settle(world, seed, steps)
+                if lost_disks and members > 1 and rng.random() < 0.3 and not world.rejoining:
+                    world.wipe(rng.choice(list(world.nodes.values())))
+                    wiped += 1
+        return dataclasses.replace(_settle(world, seed, steps), wiped=wiped)
     finally:
         pinned.use_time(time.monotonic, random.Random())
 
@@ -133,7 +142,7 @@ def _settle(world: World, seed: int, steps: int) -> Report:
     world.heal()
     quiet = 0
     proposed = False
-    while not (proposed and _agree(world)):
+    while not (proposed and _agree(world) and not world.rejoining):
         quiet += 1
         if quiet > QUIET_STEPS:
             raise Violation(f"no agreement {QUIET_STEPS} steps after the last fault")
@@ -171,6 +180,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", default="0..100", help="A..B, B not included; or one seed")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--bad-disks", action="store_true", help="disks fail much more often")
+    parser.add_argument("--lost-disks", action="store_true", help="disks are lost for good")
     options = parser.parse_args(arguments)
     first, _, end = options.seeds.partition("..")
     seeds = range(int(first), int(end) if end else int(first) + 1)
@@ -178,11 +188,16 @@ def main(arguments: list[str]) -> int:
     began, reports, failed = time.monotonic(), [], []
     for seed in seeds:
         try:
-            reports.append(run(seed, options.steps, bad_disks=options.bad_disks))
+            reports.append(
+                run(
+                    seed, options.steps,
+                    bad_disks=options.bad_disks, lost_disks=options.lost_disks,
+                )
+            )  # fmt: skip
         except Exception as error:  # noqa: BLE001  # a failing seed is a result
             failed.append(seed)
             print(f"seed {seed} FAILED: {type(error).__name__}: {error}")
-            more = " --bad-disks" if options.bad_disks else ""
+            more = " --bad-disks" * options.bad_disks + " --lost-disks" * options.lost_disks
             print(
                 f"  replay: python -m tests.sim.run --seeds {seed} --steps {options.steps}{more}"
             )
@@ -194,11 +209,13 @@ def main(arguments: list[str]) -> int:
     acked = sum(report.acked for report in reports)
     failed_disks = sum(report.failed_disks for report in reports)
     reopened = sum(report.reopened for report in reports)
+    wiped = sum(report.wiped for report in reports)
     digest = reports[-1].digest if reports else "-"
     print(
         f"{len(seeds)} seeds, {len(failed)} failed, {steps * 0.01:.0f} simulated s in"
         f" {took_s:.1f} s ({steps / took_s:.0f} steps/s), {messages} messages, {acked} acked,"
-        f" {failed_disks} failed disks, {reopened} logs open again, last digest {digest}"
+        f" {failed_disks} failed disks, {reopened} logs open again, {wiped} disks lost,"
+        f" last digest {digest}"
     )
     return 1 if failed else 0
 

@@ -13,6 +13,7 @@ from reconciler.log.core import Peer, PeerTransport
 from reconciler.log.errors import DiskFailed
 from reconciler.log.hardening import Parts, Raft
 from reconciler.log.journal import Journal
+from reconciler.log.rejoin import is_rejoining, set_aside
 from reconciler.log.reopening import reopen
 from reconciler.log.settings import Timing
 from reconciler.log.snapshot import Snapshots
@@ -127,8 +128,9 @@ class SimNode:
         self.epoch += 1
         others = [name for name in self.world.nodes if name != self.name]
         parts = Parts(
-            journal, Snapshots(self.disk), self.machine, SimTransport(self), NullPoller(), self
-        )
+            journal, Snapshots(self.disk), self.machine, SimTransport(self), NullPoller(), self,
+            self.disk,
+        )  # fmt: skip
         self.raft = Raft(self.name, others, parts, Timing(), SNAPSHOT_BYTES)
         self.raft.replication.chunk_bytes = self.world.chunk_bytes
 
@@ -229,6 +231,17 @@ class World:
     def crash(self, node: SimNode) -> None:
         node.crash(self.rng)
         self._unlink_all(node)
+
+    def wipe(self, node: SimNode) -> None:
+        """Its disk is gone; another one is in its place, and the node rejoins."""
+        self.crash(node)
+        node.disk = SimDisk(node.name, self.rng)
+        set_aside(node.disk)
+        self.restart(node)
+
+    @property
+    def rejoining(self) -> list[SimNode]:
+        return [node for node in self.nodes.values() if is_rejoining(node.disk)]
 
     def kill(self, node: SimNode) -> None:
         node.kill()
