@@ -16,7 +16,6 @@ from reconciler.errors import MillError
 from reconciler.log.disk import Disk, OsDisk
 from reconciler.log.errors import LogFailed, NotLeader, OutcomeUnknown
 from reconciler.log.hardening import Parts, ProposalDone, Raft
-from reconciler.log.journal import Journal
 from reconciler.log.poller import EpollPoller
 from reconciler.log.reads import ReadDone
 from reconciler.log.reopening import reopen
@@ -64,8 +63,7 @@ class News:
 class Engine:
     """The raft thread and what it owns; implements `hardening.Listener`.
 
-    `after_failure`: a former one was closed by its disk (`reopening`). Raises LogDamaged,
-    DiskFailed, or LogFailed where the address or the folder is taken.
+    Raises LogDamaged, DiskFailed, or LogFailed where the address or the folder is taken.
     """
 
     def __init__(
@@ -75,8 +73,6 @@ class Engine:
         loop: asyncio.AbstractEventLoop,
         deliver: Callable[[News], None],
         open_disk: OpenDisk = OsDisk,
-        *,
-        after_failure: bool = False,
     ) -> None:
         self.loop, self._deliver = loop, deliver
         self._tick_s = settings.timing.tick_s
@@ -92,7 +88,7 @@ class Engine:
         with contextlib.ExitStack() as undo:
             self._disk = open_disk(settings.folder)
             undo.callback(self._disk.close)
-            self._journal = reopen(self._disk) if after_failure else Journal(self._disk)
+            self._journal = reopen(self._disk)
             undo.callback(self._journal.abandon)
             self._poller = EpollPoller()
             undo.callback(self._poller.close)

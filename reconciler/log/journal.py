@@ -26,12 +26,12 @@ class Journal:
 
     Raises LogDamaged on opening, DiskFailed from anything that reads or writes.
 
-    It is read from the disk, not from the cache, where the kernel allows it. `after_failure`:
-    what was read goes into a new file as well, for pages whose sync failed may look written,
-    and no later sync writes them.
+    On opening, what the disk holds is verified from the first byte and written into a new
+    file: what the former process wrote last may be in the kernel's cache alone, unsynced, or
+    never to be written since its sync failed, and its name likewise (`reopening`).
     """
 
-    def __init__(self, disk: Disk, *, after_failure: bool = False) -> None:
+    def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._path = disk.where(NAME)
         self._pending: list[bytes] = []
@@ -40,10 +40,8 @@ class Journal:
         try:
             data = disk.read_stored(NAME)
             self._state = records.Recovered() if data is None else records.recover(data, self._path)
-            if data is None or after_failure:
-                self._rewrite()
-            else:
-                self._open(len(data))
+            self._say_torn()
+            self._rewrite()
         except OSError as error:
             raise self._failed(error) from error
 
@@ -184,10 +182,8 @@ class Journal:
         self._pending.clear()
         self._close_file()
 
-    def _open(self, size: int) -> None:
+    def _say_torn(self) -> None:
         state = self._state
-        self._file = self._disk.open(NAME)
-        self._reserved = size
         if state.torn_bytes:
             _log.warning(
                 "journal_torn path=%s offset=%d dropped_bytes=%d",
@@ -195,10 +191,6 @@ class Journal:
                 state.end,
                 state.torn_bytes,
             )
-            # Left in place, its valid records could be taken for later ones after the next crash.
-            self._file.write_at(state.end, bytes(state.torn_bytes))
-            self._file.sync()
-        self._seal()
 
     def _seal(self) -> None:
         """End with a batch that says nothing new: damage before it cannot be taken for torn."""

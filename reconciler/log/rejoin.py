@@ -24,12 +24,25 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from reconciler.log import journal, pinned, snapshot
 from reconciler.log.disk import Disk, OsDisk, replace_file
 from reconciler.log.errors import DiskFailed, LogFailed
-from reconciler.log.wire import Append, AskTerm, Chunk, HigherTerm, Message, TermIs
+from reconciler.log.wire import (
+    Ack,
+    Append,
+    AskTerm,
+    Chunk,
+    HigherTerm,
+    Message,
+    PreVote,
+    PreVoteReply,
+    RequestVote,
+    TermIs,
+    TimeoutNow,
+    Vote,
+)
 
 if TYPE_CHECKING:
     from reconciler.log.core import Peer
@@ -104,8 +117,12 @@ class Rejoin:
                 return False
             case Append() | Chunk() | HigherTerm() | AskTerm():
                 return self._bound
+            case (
+                RequestVote() | Vote() | PreVote() | PreVoteReply() | TimeoutNow() | Ack()
+            ):  # fmt: skip
+                return False
             case _:
-                return False  # votes, and what leads to them
+                assert_never(message)
 
     def tick(self) -> bool:
         """Ask who has not answered; True once the node is a voter again."""

@@ -1,10 +1,11 @@
-"""The way back after a failed write or sync, once the disk takes writes again.
+"""Opening a log: at a start, and after a failed write or sync once the disk takes writes again.
 
-Nobody knows what such a disk holds: a page whose sync failed may look written in the
-kernel's cache while the disk has the former content, and no later sync writes it (fsync(2);
-Rebello et al., "Can Applications Recover from fsync Failures?", 2020). So the files are read
-anew from the first byte, verified, and written anew into files that never failed. Until the
-last of them is in place, nothing is promised that rests on the old ones.
+Nobody knows what the disk holds then. What a killed process wrote last may be in the
+kernel's cache alone. A page whose sync failed may look written there while the disk has the
+former content, and no later sync writes it (fsync(2); Rebello et al., "Can Applications
+Recover from fsync Failures?", 2020); so with names. So the files are read from the first
+byte, verified, and written anew into files that never failed. Until the last of them is in
+place, nothing is promised that rests on the old ones.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def reopen(disk: Disk) -> Journal:
     probe(disk)
     # First: the journal may begin where this snapshot ends, whose name may not be durable yet.
     Snapshots(disk).renew()
-    return Journal(disk, after_failure=True)
+    return Journal(disk)
 
 
 def probe(disk: Disk) -> None:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from reconciler.errors import MillError
 from reconciler.log.closure import Closure, closes
@@ -115,10 +116,9 @@ class Replica:
         assert self._engine is None, "a replica starts once"
         loop = asyncio.get_running_loop()
         self.fatal = loop.create_future()
-        # Nobody has to await it: not looking at it must not be an error of its own.
-        self.fatal.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.fatal.add_done_callback(_looked_at)
         try:
-            self._run(await asyncio.to_thread(self._open, loop, after_failure=False))
+            self._run(await asyncio.to_thread(self._open, loop))
         except DiskFailed as error:
             self._close(error, loop)
 
@@ -158,6 +158,7 @@ class Replica:
         ):
             raise LogBusy(self._proposals)
         future: asyncio.Future[tuple[int, object]] = engine.loop.create_future()
+        future.add_done_callback(_looked_at)
 
         def done(index: int, result: object, error: MillError | None) -> None:
             engine.tell(future, (index, result), error)
@@ -182,6 +183,7 @@ class Replica:
         if self._reads >= MAX_READS:
             raise LogBusy(self._reads)
         future: asyncio.Future[int] = engine.loop.create_future()
+        future.add_done_callback(_looked_at)
 
         def done(index: int, error: MillError | None) -> None:
             engine.tell(future, index, error)
@@ -228,11 +230,8 @@ class Replica:
             raise LogFailed("this node's log has stopped", hint="look at the agent's own log")
         return self._engine
 
-    def _open(self, loop: asyncio.AbstractEventLoop, *, after_failure: bool) -> Engine:
-        return Engine(
-            self._settings, self._machine, loop, self._deliver, self._open_disk,
-            after_failure=after_failure,
-        )  # fmt: skip
+    def _open(self, loop: asyncio.AbstractEventLoop) -> Engine:
+        return Engine(self._settings, self._machine, loop, self._deliver, self._open_disk)
 
     def _run(self, engine: Engine) -> None:
         self._engine, self._closure = engine, None
@@ -246,7 +245,7 @@ class Replica:
             self._status = dataclasses.replace(self._status, leader=None)
         closure = self._closure = Closure(
             str(self._settings.folder), error, self._settings.timing.reopen_s,
-            lambda: self._open(loop, after_failure=True),
+            lambda: self._open(loop),
         )  # fmt: skip
         self._reopening = loop.create_task(self._reopen(closure, former))
         self._tell_closed(closure.reason)
@@ -298,3 +297,9 @@ class Replica:
             self._close(news.fatal, asyncio.get_running_loop())
         else:
             self.fatal.set_exception(news.fatal)
+
+
+def _looked_at(future: asyncio.Future[Any]) -> None:
+    """Nobody has to await it: not looking at it must not be an error of its own."""
+    if not future.cancelled():
+        future.exception()

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 
 from reconciler.log import snapshot
 from reconciler.log.core import CoreJournal
-from reconciler.log.disk import Disk
 from reconciler.log.hardening import Raft
-from reconciler.log.journal import Journal
+from reconciler.log.journal import NAME, Journal
 from reconciler.log.reads import Reads
 from reconciler.log.records import Entry
 from reconciler.log.rejoin import MARK, Rejoin
@@ -184,12 +183,16 @@ def retry_sync(replace: Replace) -> None:
 def trust_the_cache(replace: Replace) -> None:
     """A log opens again on what the cache shows, and writes on in the same file."""
     replace(SimDisk, "read_stored", SimDisk.read)
-    begin = Journal.__init__
+    rewrite = Journal._rewrite
 
-    def as_at_a_start(journal: Journal, disk: Disk, *, after_failure: bool = False) -> None:
-        begin(journal, disk)
+    def once(journal: Journal) -> None:
+        if journal._file is not None or journal._state.end == 0:
+            rewrite(journal)
+        else:
+            journal._file = journal._disk.open(NAME)
+            journal._reserved = journal._state.end
 
-    replace(Journal, "__init__", as_at_a_start)
+    replace(Journal, "_rewrite", once)
 
 
 def trust_the_name(replace: Replace) -> None:

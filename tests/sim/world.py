@@ -117,7 +117,7 @@ class SimNode:
     def start(self) -> None:
         self.closed = False
         self.machine = SimMachine(self.name, self.world.invariants)
-        self._open(Journal(self.disk))
+        self._open(reopen(self.disk))
 
     def reopen(self) -> None:
         """In the same process: the machine is the one from before."""
