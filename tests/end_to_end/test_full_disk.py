@@ -67,7 +67,9 @@ async def _fill_and_free(cluster: Cluster, node: str, other: str, folder: Path) 
     async def quiet() -> bool:
         try:
             status = await _status(cluster, other)
-            return not status.warnings and len(await answering(cluster.http(node))) == 2
+            own = await _status(cluster, node, stale=True)  # 503 until its log is open
+            caught_up = own.index >= status.index and not status.warnings
+            return caught_up and len(await answering(cluster.http(node))) == 2
         except MillError:
             return False
 
