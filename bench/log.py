@@ -45,6 +45,9 @@ class Counter(Ledger):
     def load(self, snapshot: bytes) -> None:
         return None
 
+    def reset(self) -> None:
+        return None
+
 
 async def closed_loop(
     clients: int, seconds: float, once: Callable[[], Awaitable[object]]

@@ -55,6 +55,7 @@ from reconciler.git.bring import Bring
 from reconciler.git.findings import Commit
 from reconciler.git.poll import Poller
 from reconciler.git.source import Sources
+from reconciler.log import rejoin
 from reconciler.log.replica import Replica
 from reconciler.log.settings import Member, Settings
 from reconciler.node_backend import Deploys, GitSources, Logs, NodesView
@@ -109,6 +110,7 @@ class Node:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set."""
+        self.replica.on_closed(self._on_log_closed)
         await self.replica.start()
         self.replica.on_applied(self.ledger.woken)
         self.replica.on_leadership(self._on_leadership)
@@ -157,8 +159,8 @@ class Node:
         stopped.cancel()
         if self.replica.fatal.done() and not self.replica.fatal.cancelled():
             error = self.replica.fatal.exception()
-            log.error("log_closed", reason=str(error))
-            raise MillError(f"the log of {self.config.name} has closed: {error}")
+            log.error("log_failed", reason=str(error))
+            raise MillError(f"the log of {self.config.name} has failed: {error}")
 
     # -- parts -----------------------------------------------------------------------------
 
@@ -206,8 +208,17 @@ class Node:
         return Beat(
             at_ms=self.clock.wall_ms(), edge_index=edge.confirmed if edge else 0,
             edge_error=edge.last_error if edge else "",
-            busy=tuple(sorted(edge.busy)) if edge else (),
+            busy=tuple(sorted(edge.busy)) if edge else (), log_error=self.replica.closed,
         )
+
+    def _on_log_closed(self, reason: str) -> None:
+        """Agent, edge and stale reads go on; the leader is told which disk it is."""
+        if reason:
+            log.error("log_closed", node=self.config.name, reason=reason)
+        else:
+            log.info("log_open_again", node=self.config.name)
+        if self.agent is not None:
+            self.agent.beat_now()
 
     async def _start_agent(self, runtime: NodeRuntime, group: asyncio.TaskGroup) -> Supervisor:
         def tell(report: Report) -> None:
@@ -238,7 +249,9 @@ class Node:
             deploys=Deploys(self.front),
             logs=Logs(LogReader(self.ledger, self.credentials)),
             sources=GitSources(self.ledger, self.front, lambda: self.sources),
-            health=NodesView(lambda: self.links), cluster_key=self.cluster_key,
+            health=NodesView(
+                lambda: self.links, self.config.name, lambda: self.replica.closed),
+            cluster_key=self.cluster_key,
             clock=self.clock, random_bytes=os.urandom,
         )
 
@@ -360,12 +373,18 @@ def _log_to(stream: object) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`CONFIG NAME`: 0 after a stop that was asked for, 1 with the reason logged."""
+    """`CONFIG NAME [--rejoin]`: 0 after a stop that was asked for, 1 with the reason logged.
+
+    `--rejoin`: the log here is lost or damaged; move it aside and bring it back from the peers.
+    """
     config = load(Path(argv[0]))
     _log_to(sys.stderr)
     # The raft thread must not wait 5 ms for the loop's thread to let go of the interpreter.
     sys.setswitchinterval(SWITCH_S)
     try:
+        if "--rejoin" in argv[2:]:
+            moved = rejoin.begin(Path(config.data) / "log")
+            log.warning("log_moved_aside", node=config.name, to=", ".join(moved))
         asyncio.run(serve(config))
     except (MillError, OSError) as error:
         log.error("node_failed", node=config.name, reason=str(error))

@@ -114,9 +114,11 @@ class GitSources:
 
 @dataclass(frozen=True)
 class NodesView:
-    """What the leader's links see."""
+    """What the leader's links see, and what this node, `me`, knows of its own log."""
 
     links: Callable[[], Links | None]
+    me: str
+    closed: Callable[[], str]
 
     def last_seen(self, node: str) -> int | None:
         """The last heartbeat, in ms since the epoch."""
@@ -131,3 +133,11 @@ class NodesView:
         if link is None or not link.connected:
             return ""  # that the node is away is said elsewhere
         return link.edge_error or ("" if link.edge_index else "it serves nothing yet")
+
+    def log_error(self, node: str) -> str:
+        """Why its log is closed; of another node only the leader knows."""
+        if node == self.me:
+            return self.closed()
+        links = self.links()
+        link = links.get(node) if links else None
+        return link.log_error if link and link.connected else ""

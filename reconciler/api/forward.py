@@ -84,6 +84,10 @@ class Forwarder:
         backend = self._site.backend
         leader = backend.ledger.leader
         if HOP in request.headers or leader is None or leader == backend.node:
+            closed = backend.health.log_error(backend.node)
+            if closed:
+                raise NoLeader(f"the log of this node is closed: {closed}",
+                               hint="ask another node; this one comes back by itself")
             # A node that was told it leads and does not, or not yet: an election is under way.
             raise NoLeader("no leader right now", hint="try again in a second")
         node = backend.ledger.state.nodes.get(leader)

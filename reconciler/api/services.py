@@ -107,6 +107,10 @@ class NodesView(Protocol):
         """Why its edge does not take the routes; "" where all is well."""
         ...
 
+    def log_error(self, node: str) -> str:
+        """Why its log is closed, naming the disk's folder; "" where it is open."""
+        ...
+
 
 @dataclass(frozen=True)
 class Backend:

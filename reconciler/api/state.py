@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import msgspec
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 from starlette.responses import Response
 
@@ -52,7 +52,7 @@ async def status(asked: Asked) -> Response:
             source_row(state.sources[name], backend) for name in sorted(state.sources)
         ),
         deploy=record(running, backend.clock.wall_ms()) if running else None,
-        warnings=tuple(warnings(state, backend.health.edge_error)), stale=replies.stale(asked),
+        warnings=(*log_warnings(state, backend), *warnings(state, backend.health.edge_error)), stale=replies.stale(asked),
     ))
 
 
@@ -89,7 +89,8 @@ async def list_nodes(asked: Asked) -> Response:
     """All nodes by name."""
     state = await asked.confirmed()
     return replies.json(NodeList(
-        index=state.index, nodes=node_rows(state, asked.backend), stale=replies.stale(asked)
+        index=state.index, nodes=node_rows(state, asked.backend),
+        warnings=tuple(log_warnings(state, asked.backend)) or UNSET, stale=replies.stale(asked),
     ))
 
 
@@ -144,6 +145,15 @@ def node_rows(state: State, backend: Backend) -> tuple[NodeRow, ...]:
     return tuple(
         _node_row(state.nodes[name], used.get(name, []), backend) for name in sorted(state.nodes)
     )
+
+
+def log_warnings(state: State, backend: Backend) -> Iterable[str]:
+    """Whose log is closed, and which disk has to be looked at. A node that has not been able to
+    read its log knows of no nodes: then it speaks of itself."""
+    for name in sorted({backend.node, *state.nodes}):
+        error = backend.health.log_error(name)
+        if error:
+            yield f"{name}: its log is closed: {error}"
 
 
 def warnings(state: State, edge_error: Callable[[str], str]) -> Iterable[str]:

@@ -233,9 +233,10 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodeList(Answer, frozen=True, kw_only=True):
-    """`GET /v1/nodes`, by name."""
+    """`GET /v1/nodes`, by name. `warnings` name the nodes whose log is closed, and the disk."""
 
     nodes: tuple[NodeRow, ...]
+    warnings: tuple[str, ...] | UnsetType = UNSET
 
 
 class SourceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -61,10 +61,15 @@ class CommandRefused(MillError):
 
 
 class StateMachine:
-    """The replica's `Machine`: holds the newest state; called in the log's thread alone."""
+    """The replica's `Machine`: holds the newest state; called in the log's thread alone.
+
+    `state` never goes back: while a log that opened again replays its entries, the state from
+    before stays, so that nobody routes to what has long stopped.
+    """
 
     def __init__(self) -> None:
         self.state = State()
+        self._replayed: State | None = None  # while it is behind `state`
 
     def apply(self, index: int, command: bytes) -> object:
         """Total: whatever the bytes, the next state is defined."""
@@ -73,16 +78,31 @@ class StateMachine:
         except Undecodable as error:
             log.error("entry_refused", index=index, reason=error.what)
             return Refused(error.what, error.hint)
-        self.state, result = apply(self.state, index, entry)
+        state, result = apply(self._newest, index, entry)
+        self._take(state)
         return result
 
     def dump(self) -> bytes:
         """A snapshot of the newest state."""
-        return encode_state_bytes(self.state)
+        return encode_state_bytes(self._newest)
 
     def load(self, snapshot: bytes) -> None:
         """Take up a snapshot."""
-        self.state = decode_state(snapshot)
+        self._take(decode_state(snapshot))
+
+    def reset(self) -> None:
+        """Begin anew, out of sight."""
+        self._replayed = State()
+
+    @property
+    def _newest(self) -> State:
+        return self.state if self._replayed is None else self._replayed
+
+    def _take(self, state: State) -> None:
+        if state.index >= self.state.index:
+            self.state, self._replayed = state, None
+        else:
+            self._replayed = state
 
 
 class Ledger:

@@ -89,6 +89,7 @@ class Link:
     images: set[tuple[str, str]] = field(default_factory=set)
     edge_index: int = 0
     edge_error: str = ""
+    log_error: str = ""
     busy: frozenset[str] = frozenset()
     orders: asyncio.Queue[Order] = field(default_factory=lambda: asyncio.Queue(QUEUE))
 
@@ -126,6 +127,7 @@ class Link:
             case Beat():
                 self.edge_index = max(self.edge_index, report.edge_index)
                 self.edge_error = report.edge_error
+                self.log_error = report.log_error
                 self.busy = frozenset(report.busy)
             case _:
                 assert_never(report)

@@ -181,6 +181,13 @@ class Core(SyncObj):  # type: ignore[misc]  # pysyncobj has no types
         self._SyncObj__raftLeader = None
         self._SyncObj__setState(_RAFT_STATE.FOLLOWER)
 
+    def spend_vote(self, term: int) -> None:
+        """Take over a term, durably, in which this node can vote for nobody any more."""
+        assert term >= self.term, "terms never go back"
+        self._SyncObj__setCurrentTerm(term, self.selfNode.id)
+        self._SyncObj__raftLeader = None
+        self._SyncObj__setState(_RAFT_STATE.FOLLOWER)
+
     def advance_commit(self, index: int) -> None:
         """Follow the leader's commit index; never back."""
         if index > self.commit_index:

@@ -1,18 +1,20 @@
 """The log's only door to the file system, so that a test or a simulated disk can stand in.
 
 Nothing here is retried: after a failed write or sync nobody knows what the disk holds
-(the kernel may have dropped the dirty pages), so the caller has to stop.
+(the kernel may have dropped the dirty pages), so the caller has to close its files. How
+they are opened again is in `reopening`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from reconciler.log.errors import LogFailed
+from reconciler.log.errors import DiskFailed, LogFailed
 
 
 class File(Protocol):
@@ -42,6 +44,10 @@ class Disk(Protocol):
         """The whole content, or None where there is no such file."""
         ...
 
+    def read_stored(self, name: str) -> bytes | None:
+        """As `read`, but of the disk: clean pages are dropped from the kernel's cache first."""
+        ...
+
     def create(self, name: str) -> File:
         """A new empty file, in place of any of that name."""
         ...
@@ -52,6 +58,10 @@ class Disk(Protocol):
 
     def rename(self, old: str, new: str) -> None:
         """Put `old` in the place of `new`; durable only after `sync_folder`."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Take a file away; nothing where there is none."""
         ...
 
     def sync_folder(self) -> None:
@@ -71,14 +81,20 @@ def replace_file(disk: Disk, name: str, parts: Iterable[bytes]) -> int:
     """
     beside = f"{name}.new"
     offset = 0
-    file = disk.create(beside)
     try:
-        for part in parts:
-            file.write_at(offset, part)
-            offset += len(part)
-        file.sync()
-    finally:
-        file.close()
+        file = disk.create(beside)
+        try:
+            for part in parts:
+                file.write_at(offset, part)
+                offset += len(part)
+            file.sync()
+        finally:
+            file.close()
+    except OSError:
+        # Half a file must not keep a full disk full. What went wrong first is what is told.
+        with contextlib.suppress(OSError):
+            disk.remove(beside)
+        raise
     disk.rename(beside, name)
     disk.sync_folder()
     return offset
@@ -116,9 +132,12 @@ class OsDisk:
     """A real folder, root-only, held by one process at a time."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
-        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DiskFailed("the log's folder cannot be opened", error, str(folder)) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -134,6 +153,16 @@ class OsDisk:
         except FileNotFoundError:
             return None
 
+    def read_stored(self, name: str) -> bytes | None:
+        """The whole content; what is dirty still comes from the cache (posix_fadvise(2))."""
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+        return self.read(name)
+
     def create(self, name: str) -> OsFile:
         """A new empty file."""
         return OsFile(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -145,6 +174,10 @@ class OsDisk:
     def rename(self, old: str, new: str) -> None:
         """Atomic within the folder (rename(2))."""
         os.replace(self._folder / old, self._folder / new)
+
+    def remove(self, name: str) -> None:
+        """Unlink."""
+        (self._folder / name).unlink(missing_ok=True)
 
     def sync_folder(self) -> None:
         """Fsync of the folder itself: without it a rename may be undone by a power cut."""

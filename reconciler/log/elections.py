@@ -36,6 +36,9 @@ class Elections:
     def gate(self) -> None:
         """Before each tick: hold an election that has no pre-vote behind it."""
         raft = self._raft
+        if raft.rejoin is not None:
+            raft.postpone_election()
+            return
         if raft.is_raft_leader or not raft.peers or raft.transfer_in_progress:
             return
         if pinned.now() <= raft.election_deadline:

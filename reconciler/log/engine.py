@@ -10,16 +10,17 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 from reconciler.errors import MillError
 from reconciler.log.archive import Archive, Past
-from reconciler.log.disk import OsDisk
+from reconciler.log.disk import Disk, OsDisk
 from reconciler.log.errors import LogFailed, NotLeader, OutcomeUnknown
 from reconciler.log.hardening import Parts, ProposalDone, Raft
-from reconciler.log.journal import Journal
 from reconciler.log.poller import EpollPoller
 from reconciler.log.reads import ReadDone
+from reconciler.log.reopening import reopen
 from reconciler.log.settings import Machine, Settings
 from reconciler.log.snapshot import Snapshots
 from reconciler.log.transport import TlsTransport
@@ -28,6 +29,17 @@ STOP_S = 10.0  # the raft thread's last tick may be in the middle of a slow sync
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+class HeldDisk(Disk, Protocol):
+    """A disk that nobody else has until it is closed."""
+
+    def close(self) -> None:
+        """Let another have it."""
+        ...
+
+
+OpenDisk = Callable[[Path], HeldDisk]
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,10 @@ class News:
 
 
 class Engine:
-    """The raft thread and what it owns; implements `hardening.Listener`."""
+    """The raft thread and what it owns; implements `hardening.Listener`.
+
+    Raises LogDamaged, DiskFailed, or LogFailed where the address or the folder is taken.
+    """
 
     def __init__(
         self,
@@ -59,6 +74,7 @@ class Engine:
         machine: Machine,
         loop: asyncio.AbstractEventLoop,
         deliver: Callable[[News], None],
+        open_disk: OpenDisk = OsDisk,
     ) -> None:
         self.loop, self._deliver = loop, deliver
         self._tick_s = settings.timing.tick_s
@@ -72,9 +88,9 @@ class Engine:
         self._stop, self._resign = False, False
         self._ended = False
         with contextlib.ExitStack() as undo:
-            self._disk = OsDisk(settings.folder)
+            self._disk = open_disk(settings.folder)
             undo.callback(self._disk.close)
-            self._journal = Journal(self._disk)
+            self._journal = reopen(self._disk)
             undo.callback(self._journal.abandon)
             self._poller = EpollPoller()
             undo.callback(self._poller.close)
@@ -83,7 +99,7 @@ class Engine:
             self._archive = Archive(settings.folder, time.time)
             parts = Parts(
                 self._journal, Snapshots(self._disk), machine, transport, self._poller, self,
-                self._archive,
+                self._disk, self._archive,
             )
             others = [each.name for each in settings.members if each != settings.me]
             self.raft = Raft(
@@ -197,7 +213,7 @@ class Engine:
                     self.raft.resign()
                 self.raft.doTick(self._tick_s)
             self._journal.close()
-        except BaseException as error:  # noqa: BLE001  # fail-stop: handed to `fatal`, and logged
+        except BaseException as error:  # noqa: BLE001  # fail-stop: handed on, and logged
             _log.critical("log_failed error=%r", error, exc_info=error)
             self._fatal = error
             self._journal.abandon()

@@ -6,9 +6,10 @@ from reconciler.errors import MillError, Unavailable, Unprocessable
 
 AGAIN = "the cluster elects a new leader within seconds; try again"
 CHECK = "it may or may not have happened: look before you repeat it"
+FREE = "free the disk or replace it; the log opens again by itself within seconds"
 REBUILD = (
-    "this node's copy cannot be trusted; move its data folder aside and join the machine "
-    "again as a new node: its peers hold the data"
+    "this node's copy cannot be trusted, its peers hold the data: start its agent once with "
+    "--rejoin, which moves the log aside and brings it back from them"
 )
 
 
@@ -45,7 +46,22 @@ class LogBusy(Unavailable):
 
 
 class LogFailed(Unavailable):
-    """The log of this node stopped for good: a failed write, or a broken promise of Raft."""
+    """The log of this node stopped: a failed write, or a broken promise of Raft."""
+
+
+class DiskFailed(LogFailed):
+    """A write, sync or read failed: what the disk holds is unknown until it is read anew."""
+
+    def __init__(self, what: str, error: OSError, path: str) -> None:
+        self.reason = error.strerror or str(error)
+        super().__init__(f"{what}: {self.reason}", at=path, hint=FREE)
+
+
+class LogClosed(Unavailable):
+    """This node's log is closed until its disk can be written again; nothing was written."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the log of this node is closed: {reason}", hint=FREE)
 
 
 class CommandTooLarge(Unprocessable):

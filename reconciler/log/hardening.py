@@ -20,11 +20,13 @@ from reconciler.errors import MillError
 from reconciler.log import pinned, snapshot, wire
 from reconciler.log.archive import Archive
 from reconciler.log.core import Core, CoreJournal, Listener, Peer, PeerTransport
+from reconciler.log.disk import Disk
 from reconciler.log.elections import HASTE, Elections
 from reconciler.log.errors import LogFailed, NotLeader, OutcomeUnknown
 from reconciler.log.journal import Journal, check_beside_snapshot
 from reconciler.log.reads import Reads
 from reconciler.log.records import COMMAND, NO_OP, Entry
+from reconciler.log.rejoin import Rejoin, is_rejoining
 from reconciler.log.replication import ProtocolBroken, Replication
 from reconciler.log.settings import Machine, Timing
 from reconciler.log.snapshot import Snapshot, Snapshots
@@ -46,6 +48,7 @@ class Parts:
     transport: PeerTransport
     poller: object  # pysyncobj calls its poll(timeout_s)
     listener: Listener
+    disk: Disk
     archive: Archive | None = None  # none where the disk is simulated
 
 
@@ -61,6 +64,7 @@ class Raft(Core):
         self.transport = parts.transport
         self.elections, self.reads = Elections(self), Reads(self)
         self.replication = Replication(self)
+        self.rejoin: Rejoin | None = None
         self._inbox: deque[tuple[bytes, ProposalDone]] = deque()
         self._waiting: dict[int, tuple[int, ProposalDone]] = {}  # index -> term, whom to tell
         self._voters: tuple[int, set[str]] = (0, set())
@@ -78,6 +82,8 @@ class Raft(Core):
             journalFile=CoreJournal(parts.journal), pollerType=parts.poller,
         )  # fmt: skip
         super().__init__(Peer(me), self.peers, conf, nodeClass=Peer, transport=parts.transport)
+        if is_rejoining(parts.disk):
+            self.rejoin = Rejoin(self, parts.disk)
         self._load()
         self.journal.sync()
         self.postpone_election(HASTE if self.peers else 0.0)
@@ -111,6 +117,8 @@ class Raft(Core):
         self.journal.sync()
         self.replication.release()
         self.reads.settle()
+        if self.rejoin is not None and self.rejoin.tick():
+            self.rejoin = None
         if self._resigning:
             self._hand_over()
         self.listener.flush()
@@ -127,6 +135,8 @@ class Raft(Core):
 
     def receive(self, peer: Peer, message: wire.Message) -> None:
         """Act on one message of a peer."""
+        if self.rejoin is not None and not self.rejoin.hears(peer, message):
+            return
         match message:
             case wire.Append():
                 self.replication.on_append(peer, message)
@@ -150,6 +160,10 @@ class Raft(Core):
                 self._on_vote(peer, term)
             case wire.TimeoutNow(term):
                 self._onMessage(peer, {"type": "timeout_now", "term": term})
+            case wire.AskTerm(_, number):
+                self.transport.transmit(peer, wire.TermIs(self.term, number))
+            case wire.TermIs():
+                pass  # late: this node has rejoined
             case other:
                 raise ProtocolBroken(f"{type(other).__name__} is no message between nodes")
 
@@ -173,6 +187,7 @@ class Raft(Core):
             self._onMessage(peer, {"type": "response_vote", "term": term})
 
     def _load(self) -> None:
+        self.machine.reset()
         stored, first = self.snapshots.load(), self.journal[0]
         if stored is None:
             check_beside_snapshot(self.journal, 1, self.snapshots.path)

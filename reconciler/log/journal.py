@@ -1,16 +1,18 @@
 """The journal: every entry, the term and the vote, on disk before anybody hears of them.
 
 Appends are buffered; `sync` writes what has gathered since the last one and syncs once
-(group commit). After a failed write or sync the journal is closed for good.
+(group commit). After a failed write or sync this journal is closed for good; another one,
+from what the disk then holds, may take its place (`reopening`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from reconciler.log import records
 from reconciler.log.disk import Disk, File, replace_file
-from reconciler.log.errors import LogDamaged, LogFailed
+from reconciler.log.errors import DiskFailed, LogDamaged, LogFailed
 from reconciler.log.records import Entry
 
 NAME = "journal"
@@ -22,7 +24,11 @@ _log = logging.getLogger(__name__)
 class Journal:
     """The entries from `first` to `last`, never empty once Raft has put its first one in.
 
-    Raises LogDamaged on opening, LogFailed from anything that writes.
+    Raises LogDamaged on opening, DiskFailed from anything that reads or writes.
+
+    On opening, what the disk holds is verified from the first byte and written into a new
+    file: what the former process wrote last may be in the kernel's cache alone, unsynced, or
+    never to be written since its sync failed, and its name likewise (`reopening`).
     """
 
     def __init__(self, disk: Disk) -> None:
@@ -30,13 +36,12 @@ class Journal:
         self._path = disk.where(NAME)
         self._pending: list[bytes] = []
         self._file: File | None = None
+        self._failure: DiskFailed | None = None
         try:
-            data = disk.read(NAME)
+            data = disk.read_stored(NAME)
             self._state = records.Recovered() if data is None else records.recover(data, self._path)
-            if data is None:
-                self._rewrite()
-            else:
-                self._open(len(data))
+            self._say_torn()
+            self._rewrite()
         except OSError as error:
             raise self._failed(error) from error
 
@@ -147,7 +152,7 @@ class Journal:
             return
         data = b"".join(self._pending)
         if self._file is None:
-            raise LogFailed("the journal is closed", at=self._path)
+            raise self._failure or LogFailed("the journal is closed", at=self._path)
         try:
             if self._state.end + len(data) > self._reserved:
                 length = max(RESERVE_BYTES, len(data))
@@ -182,10 +187,8 @@ class Journal:
         self._pending.clear()
         self._close_file()
 
-    def _open(self, size: int) -> None:
+    def _say_torn(self) -> None:
         state = self._state
-        self._file = self._disk.open(NAME)
-        self._reserved = size
         if state.torn_bytes:
             _log.warning(
                 "journal_torn path=%s offset=%d dropped_bytes=%d",
@@ -193,10 +196,6 @@ class Journal:
                 state.end,
                 state.torn_bytes,
             )
-            # Left in place, its valid records could be taken for later ones after the next crash.
-            self._file.write_at(state.end, bytes(state.torn_bytes))
-            self._file.sync()
-        self._seal()
 
     def _seal(self) -> None:
         """End with a batch that says nothing new: damage before it cannot be taken for torn."""
@@ -219,18 +218,17 @@ class Journal:
         self._file = self._disk.open(NAME)
         self._reserved = state.end
 
-    def _failed(self, error: OSError) -> LogFailed:
+    def _failed(self, error: OSError) -> DiskFailed:
         self._close_file()
-        return LogFailed(
-            f"the journal cannot be written: {error.strerror or error}",
-            at=self._path,
-            hint="free the disk or replace it, then start the agent again",
-        )
+        self._failure = DiskFailed("the journal cannot be written", error, self._path)
+        return self._failure
 
     def _close_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
-            file.close()
+            # All that counts was synced before, or is given up: close(2) has nothing to add.
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def check_beside_snapshot(journal: Journal, snapshot_index: int, path: str) -> None:

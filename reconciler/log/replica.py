@@ -2,21 +2,28 @@
 
 One thread owns everything of Raft. Commands and reads go in through queues that wake it;
 results, the applied index and leadership come back through one `call_soon_threadsafe` for
-all that happened in a tick. If that thread ever raises, this node's log is over (`fatal`).
+all that happened in a tick. A failing disk closes the log of this node until it can be
+written again (`closed`); if the thread raises anything else, this node is over (`fatal`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from reconciler.errors import MillError, Unprocessable
 from reconciler.log.archive import NotHeld, Past
-from reconciler.log.engine import Engine, News, Status
+from reconciler.log.closure import Closure, closes
+from reconciler.log.disk import OsDisk
+from reconciler.log.engine import Engine, News, OpenDisk, Status
 from reconciler.log.errors import (
     CommandTooLarge,
+    DiskFailed,
     LogBusy,
+    LogClosed,
     LogDamaged,
     LogFailed,
     NoMajority,
@@ -27,8 +34,8 @@ from reconciler.log.settings import Machine, Member, Settings, Timing
 from reconciler.log.wire import MAX_COMMAND_BYTES
 
 __all__ = [
-    "CommandTooLarge", "LogBusy", "LogDamaged", "LogFailed", "Machine", "Member", "NoMajority",
-    "NotHeld", "NotLeader", "OutcomeUnknown", "Past", "Replica", "Settings", "Timing",
+    "CommandTooLarge", "LogBusy", "LogClosed", "LogDamaged", "LogFailed", "Machine", "Member",
+    "NoMajority", "NotHeld", "NotLeader", "OutcomeUnknown", "Past", "Replica", "Settings", "Timing",
 ]  # fmt: skip
 
 MAX_PROPOSALS = 4096  # under way at once; what is more would only wait
@@ -42,13 +49,18 @@ class Replica:
 
     fatal: asyncio.Future[None]
 
-    def __init__(self, settings: Settings, machine: Machine) -> None:
-        self._settings, self._machine = settings, machine
+    def __init__(
+        self, settings: Settings, machine: Machine, open_disk: OpenDisk = OsDisk
+    ) -> None:
+        self._settings, self._machine, self._open_disk = settings, machine, open_disk
         self._status = Status()
         self._on_applied: list[Callable[[int], None]] = []
         self._on_leadership: list[Callable[[bool, int], None]] = []
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._on_closed: list[Callable[[str], None]] = []
         self._engine: Engine | None = None
+        self._closure: Closure | None = None
+        self._reopening: asyncio.Task[None] | None = None
         self._stopping = False
         self._proposals, self._proposed_bytes, self._reads = 0, 0, 0
 
@@ -69,8 +81,16 @@ class Replica:
 
     @property
     def applied_index(self) -> int:
-        """The highest index that this node's machine has applied."""
+        """The highest index that the log has applied here; from the start again on opening."""
         return self._status.applied_index
+
+    @property
+    def closed(self) -> str:
+        """Why a failing disk has closed this node's log, naming its folder; "" while it is open.
+
+        Term, leader and the machine's state are then those of before.
+        """
+        return "" if self._closure is None else self._closure.reason
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -85,30 +105,40 @@ class Replica:
         """Call `callback(leading, term)` in the loop, each change in its order."""
         self._on_leadership.append(callback)
 
+    def on_closed(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(closed)` in the loop when it changed; "" once the log is open again."""
+        self._on_closed.append(callback)
+
     async def start(self) -> None:
-        """Open the folder and begin; raises LogDamaged (file and byte) or LogFailed."""
+        """Open the folder and begin; raises LogDamaged (file and byte) or LogFailed.
+
+        Where the disk cannot be written, the log begins closed.
+        """
         assert self._engine is None, "a replica starts once"
         loop = asyncio.get_running_loop()
         self.fatal = loop.create_future()
-        # Nobody has to await it: not looking at it must not be an error of its own.
-        self.fatal.add_done_callback(lambda future: future.cancelled() or future.exception())
-        engine = await asyncio.to_thread(Engine, self._settings, self._machine, loop, self._deliver)
-        self._engine = engine
-        self._status = engine.status()
-        engine.start()
+        self.fatal.add_done_callback(_looked_at)
+        try:
+            self._run(await asyncio.to_thread(self._open, loop))
+        except DiskFailed as error:
+            self._close(error, loop)
 
     async def stop(self) -> None:
         """Hand leadership over where possible, then end the thread and close the files."""
-        engine = self._engine
-        if engine is None or self._stopping:
+        if self._stopping or (self._engine is None and self._closure is None):
             return
         self._stopping = True
-        if self.is_leader and len(self.members) > 1 and not self.fatal.done():
-            engine.resign()
+        if self._engine is not None and self.is_leader and len(self.members) > 1:
+            self._engine.resign()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HANDOVER_S):
                     await self._leadership_lost()
-        await asyncio.to_thread(engine.stop)
+        if self._closure is not None:
+            self._closure.end()
+        if self._reopening is not None:
+            await self._reopening
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop)
         for _, waiter in self._waiters:
             waiter.cancel()
         if not self.fatal.done():
@@ -117,7 +147,8 @@ class Replica:
     async def propose(self, command: bytes, timeout_s: float = 10.0) -> tuple[int, object]:
         """Write one command: its index and the machine's result, committed and applied here.
 
-        Raises NotLeader, LogBusy, CommandTooLarge (nothing was written), or OutcomeUnknown.
+        Raises NotLeader, LogBusy, LogClosed, CommandTooLarge (nothing was written), or
+        OutcomeUnknown.
         """
         engine = self._running()
         if len(command) > MAX_COMMAND_BYTES:
@@ -128,6 +159,7 @@ class Replica:
         ):
             raise LogBusy(self._proposals)
         future: asyncio.Future[tuple[int, object]] = engine.loop.create_future()
+        future.add_done_callback(_looked_at)
 
         def done(index: int, result: object, error: MillError | None) -> None:
             engine.tell(future, (index, result), error)
@@ -146,12 +178,13 @@ class Replica:
     async def read_index(self, timeout_s: float = 5.0) -> int:
         """Wait until this leader's state is at least as new as this call; its index then.
 
-        Raises NotLeader, or NoMajority when too few nodes answer in time.
+        Raises NotLeader, LogClosed, or NoMajority when too few nodes answer in time.
         """
         engine = self._running()
         if self._reads >= MAX_READS:
             raise LogBusy(self._reads)
         future: asyncio.Future[int] = engine.loop.create_future()
+        future.add_done_callback(_looked_at)
 
         def done(index: int, error: MillError | None) -> None:
             engine.tell(future, index, error)
@@ -172,7 +205,8 @@ class Replica:
 
     async def wait_applied(self, index: int, timeout_s: float) -> None:
         """Return once `index` is applied here; raises NoMajority after `timeout_s`."""
-        self._running()
+        if self._stopping:
+            raise NotLeader
         if self.applied_index >= index:
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -199,11 +233,50 @@ class Replica:
         return await asyncio.to_thread(engine.past, index)
 
     def _running(self) -> Engine:
-        if self._engine is None or self._stopping:
+        if self._stopping:
+            raise NotLeader
+        if self._closure is not None:
+            raise LogClosed(self._closure.reason)
+        if self._engine is None:
             raise NotLeader
         if self.fatal.done():
             raise LogFailed("this node's log has stopped", hint="look at the agent's own log")
         return self._engine
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> Engine:
+        return Engine(self._settings, self._machine, loop, self._deliver, self._open_disk)
+
+    def _run(self, engine: Engine) -> None:
+        self._engine, self._closure = engine, None
+        self._status = engine.status()
+        engine.start()
+
+    def _close(self, error: MillError, loop: asyncio.AbstractEventLoop) -> None:
+        """Let go of the engine that failed, and open another as soon as the disk allows it."""
+        former, self._engine = self._engine, None
+        if self.leader == self._settings.me.name:
+            self._status = dataclasses.replace(self._status, leader=None)
+        closure = self._closure = Closure(
+            str(self._settings.folder), error, self._settings.timing.reopen_s,
+            lambda: self._open(loop),
+        )  # fmt: skip
+        self._reopening = loop.create_task(self._reopen(closure, former))
+        self._tell_closed(closure.reason)
+
+    async def _reopen(self, closure: Closure, former: Engine | None) -> None:
+        try:
+            engine = await closure.wait(former, self._tell_closed)
+        except Exception as error:  # a mistake of ours: as one in the raft thread
+            if not self.fatal.done():
+                self.fatal.set_exception(error)
+            raise
+        if engine is not None:
+            self._run(engine)
+            self._tell_closed("")
+
+    def _tell_closed(self, reason: str) -> None:
+        for on_closed in tuple(self._on_closed):
+            on_closed(reason)
 
     async def _leadership_lost(self) -> None:
         lost = asyncio.Event()
@@ -231,5 +304,15 @@ class Replica:
                     waiter.set_result(None)
             for on_applied in tuple(self._on_applied):
                 on_applied(self.applied_index)
-        if news.fatal is not None and not self.fatal.done():
+        if news.fatal is None or self.fatal.done():
+            return
+        if isinstance(news.fatal, MillError) and closes(news.fatal) and not self._stopping:
+            self._close(news.fatal, asyncio.get_running_loop())
+        else:
             self.fatal.set_exception(news.fatal)
+
+
+def _looked_at(future: asyncio.Future[Any]) -> None:
+    """Nobody has to await it: not looking at it must not be an error of its own."""
+    if not future.cancelled():
+        future.exception()

@@ -25,6 +25,13 @@ class Machine(Protocol):
         """Take over a state in place of the present one."""
         ...
 
+    def reset(self) -> None:
+        """Begin before the first entry: at a start, and when the log opens again.
+
+        What follows is a snapshot, or all entries from the first one on.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Member:
@@ -46,6 +53,7 @@ class Timing:
     redial_s: float = 0.3
     silence_s: float = 2.0  # a connection, or a handshake, that is silent for so long is closed
     tick_s: float = 0.05  # the longest wait of the raft thread
+    reopen_s: float = 5.0  # between two tries to open a log that a failing disk closed
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 
 from reconciler.log.disk import Disk, replace_file
-from reconciler.log.errors import LogDamaged, LogFailed
+from reconciler.log.errors import DiskFailed, LogDamaged
 
 NAME = "snapshot"
 MAGIC = b"mill snapshot 1\n"
@@ -62,24 +62,30 @@ class Snapshots:
         self.path = disk.where(NAME)
 
     def load(self) -> Snapshot | None:
-        """The snapshot, verified; None where there is none. Raises LogDamaged, LogFailed."""
+        """The snapshot, verified; None where there is none. Raises LogDamaged, DiskFailed."""
         data = self.read()
         return None if data is None else decode(data, self.path)
 
+    def renew(self) -> None:
+        """Verify what the disk holds, and write it anew; raises LogDamaged, DiskFailed."""
+        try:
+            data = self._disk.read_stored(NAME)
+        except OSError as error:
+            raise DiskFailed("the snapshot cannot be read", error, self.path) from error
+        if data is not None:
+            decode(data, self.path)
+            self.store(data)
+
     def read(self) -> bytes | None:
-        """The file as it is, to send to a follower; LogFailed where the disk fails."""
+        """The file as it is, to send to a follower; DiskFailed where the disk fails."""
         try:
             return self._disk.read(NAME)
         except OSError as error:
-            raise LogFailed(f"the snapshot cannot be read: {error}", at=self.path) from error
+            raise DiskFailed("the snapshot cannot be read", error, self.path) from error
 
     def store(self, data: bytes) -> None:
-        """Replace the snapshot by `data` (from `encode`); raises LogFailed."""
+        """Replace the snapshot by `data` (from `encode`); raises DiskFailed."""
         try:
             replace_file(self._disk, NAME, (data,))
         except OSError as error:
-            raise LogFailed(
-                f"the snapshot cannot be written: {error.strerror or error}",
-                at=self.path,
-                hint="free the disk or replace it, then start the agent again",
-            ) from error
+            raise DiskFailed("the snapshot cannot be written", error, self.path) from error

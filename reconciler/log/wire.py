@@ -95,9 +95,22 @@ class HigherTerm(_Message, frozen=True, tag=9):
     """What you sent is of an older term than mine."""
 
 
+class AskTerm(_Message, frozen=True, tag=10):
+    """I lost my disk: which term are you in? `number` comes back in the answer."""
+
+    number: Count
+
+
+class TermIs(_Message, frozen=True, tag=11):
+    """The answerer's term; it is on its disk."""
+
+    number: Count
+
+
 Message = (
     RequestVote | Vote | TimeoutNow | Append | Ack | Chunk | PreVote | PreVoteReply | HigherTerm
-)
+    | AskTerm | TermIs
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -304,12 +304,16 @@ class Seen:
     """What the leader sees of nodes."""
 
     edge: dict[str, str] = field(default_factory=dict)
+    log: dict[str, str] = field(default_factory=dict)
 
     def last_seen(self, node: str) -> int | None:
         return 1_700_000_000_500
 
     def edge_error(self, node: str) -> str:
         return self.edge.get(node, "")
+
+    def log_error(self, node: str) -> str:
+        return self.log.get(node, "")
 
 
 @dataclass

@@ -90,6 +90,30 @@ async def test_node_row_has_the_fields_of_the_contract(
     }]}
 
 
+async def test_a_closed_log_is_named_with_its_disk_on_the_leader_and_on_the_node_itself(
+    pair: Cluster,
+) -> None:
+    reason = "No space left on device (/var/lib/mill/log)"
+    said = f"node-2: its log is closed: {reason}"
+    leader, closed = pair.nodes
+    leader.health.log["node-2"] = closed.health.log["node-2"] = reason
+    for path in ("/v1/status", "/v1/nodes"):
+        assert said in (await pair.client().get(path)).json()["warnings"]
+        stale = (await pair.client(1).get(path, params={"stale": "ok"})).json()
+        assert stale["stale"] is True
+        assert said in stale["warnings"]
+    leader.health.log.clear()
+    assert "warnings" not in (await pair.client().get("/v1/nodes")).json()
+
+
+async def test_what_a_closed_log_cannot_answer_says_which_disk(pair: Cluster) -> None:
+    pair.log.leader = None
+    pair.nodes[1].health.log["node-2"] = "No space left on device (/var/lib/mill/log)"
+    refused = await pair.client(1).get("/v1/status")
+    assert refused.status_code == 503
+    assert "(/var/lib/mill/log)" in refused.text
+
+
 async def test_status_shows_the_running_deploy_and_what_is_off(
     pair: Cluster,
 ) -> None:

@@ -43,6 +43,9 @@ class Ledger:
     def load(self, snapshot: bytes) -> None:
         self.items = msgspec.msgpack.decode(snapshot, type=list[tuple[int, bytes]])
 
+    def reset(self) -> None:
+        self.items = []
+
 
 def free_members(count: int) -> tuple[Member, ...]:
     """Members on ports that were free a moment ago."""
@@ -156,6 +159,11 @@ class Process:
             raise ConnectionError("the process is gone")
         answer: dict[str, object] = json.loads(line)
         return answer
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None

@@ -50,6 +50,7 @@ async def answer(replica: Replica, ledger: Ledger, question: dict[str, str]) -> 
                 "leader": replica.leader,
                 "term": replica.term,
                 "applied": replica.applied_index,
+                "closed": replica.closed,
             }
         case other:
             raise AssertionError(f"not a question: {other}")

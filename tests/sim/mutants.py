@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator
 from reconciler.log import snapshot
 from reconciler.log.core import CoreJournal
 from reconciler.log.hardening import Raft
-from reconciler.log.journal import Journal
+from reconciler.log.journal import NAME, Journal
 from reconciler.log.reads import Reads
 from reconciler.log.records import Entry
+from reconciler.log.rejoin import MARK, Rejoin
 from reconciler.log.replication import Replication
 from reconciler.log.snapshot import Snapshots
 from reconciler.log.wire import Ack, Append, Chunk, PreVote, RequestVote
 from tests.sim import run as simulation
-from tests.sim.disk import SimFile
+from tests.sim.disk import SimDisk, SimFile
+from tests.sim.world import SimMachine
 
 Replace = Callable[[type, str, Callable[..., object]], None]
 
@@ -163,6 +165,68 @@ def seal_nothing(replace: Replace) -> None:
     replace(Journal, "cut", cut)
 
 
+def retry_sync(replace: Replace) -> None:
+    """A failed sync of the same open file is tried again, and believed."""
+    sync = SimFile.sync
+
+    def until_it_says_yes(file: SimFile) -> None:
+        try:
+            sync(file)
+        except OSError:
+            if file._disk.flaky == 0.0:
+                raise
+            until_it_says_yes(file)
+
+    replace(SimFile, "sync", until_it_says_yes)
+
+
+def trust_the_cache(replace: Replace) -> None:
+    """A log opens again on what the cache shows, and writes on in the same file."""
+    replace(SimDisk, "read_stored", SimDisk.read)
+    rewrite = Journal._rewrite
+
+    def once(journal: Journal) -> None:
+        if journal._file is not None or journal._state.end == 0:
+            rewrite(journal)
+        else:
+            journal._file = journal._disk.open(NAME)
+            journal._reserved = journal._state.end
+
+    replace(Journal, "_rewrite", once)
+
+
+def trust_the_name(replace: Replace) -> None:
+    """A log that opens again takes the snapshot's name for durable, whatever the sync said."""
+    replace(Snapshots, "renew", lambda snapshots: None)
+
+
+def keep_the_machine(replace: Replace) -> None:
+    """A log that opens again applies its entries to the machine as it was."""
+    replace(SimMachine, "reset", lambda machine: None)
+
+
+def vote_with_an_empty_log(replace: Replace) -> None:
+    """Whoever lost its disk begins as a new voter under the old name."""
+    replace(Rejoin, "hears", lambda rejoin, peer, message: True)
+    replace(Rejoin, "tick", _rejoined)
+
+
+def _rejoined(rejoin: Rejoin) -> bool:
+    rejoin._disk.remove(MARK)
+    rejoin._disk.sync_folder()
+    return True
+
+
+def vote_before_caught_up(replace: Replace) -> None:
+    """Whoever lost its disk votes again once it has taken up a term."""
+    tick = Rejoin.tick
+
+    def early(rejoin: Rejoin) -> bool:
+        return _rejoined(rejoin) if rejoin._bound else tick(rejoin)
+
+    replace(Rejoin, "tick", early)
+
+
 MUTANTS: tuple[Callable[[Replace], None], ...] = (
     skip_sync,
     forget_vote,
@@ -177,6 +241,12 @@ MUTANTS: tuple[Callable[[Replace], None], ...] = (
     vote_for_the_short,
     compact_before_snapshot,
     seal_nothing,
+)
+OF_DISKS: tuple[Callable[[Replace], None], ...] = (  # seen only where disks fail often
+    retry_sync,
+    trust_the_cache,
+    trust_the_name,
+    keep_the_machine,
 )
 
 
@@ -193,12 +263,20 @@ def broken(mutant: Callable[[Replace], None]) -> Iterator[None]:
         yield
 
 
+OF_LOST_DISKS: tuple[Callable[[Replace], None], ...] = (
+    vote_with_an_empty_log,
+    vote_before_caught_up,
+)
+
+
 def caught_at(mutant: Callable[[Replace], None], seeds: range) -> tuple[int, Exception] | None:
     """The first seed that fails with the mutant, and how."""
     with broken(mutant):
         for seed in seeds:
             try:
-                simulation.run(seed)
+                simulation.run(
+                    seed, bad_disks=mutant in OF_DISKS, lost_disks=mutant in OF_LOST_DISKS
+                )
             except Exception as error:  # noqa: BLE001  # whatever it is, it was noticed
                 return seed, error
     return None
@@ -212,7 +290,7 @@ def main(arguments: list[str]) -> int:
     first, _, end = options.seeds.partition("..")
     logging.disable(logging.CRITICAL)
     missed = 0
-    for mutant in MUTANTS:
+    for mutant in (*MUTANTS, *OF_DISKS, *OF_LOST_DISKS):
         if options.only not in mutant.__name__:
             continue
         caught = caught_at(mutant, range(int(first), int(end)))

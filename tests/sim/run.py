@@ -6,6 +6,7 @@ A failing seed is printed with the command that replays it. Exit status 1 if any
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import random
 import sys
@@ -14,6 +15,7 @@ import traceback
 from dataclasses import dataclass
 
 from reconciler.log import pinned
+from tests.sim.disk import SimDisk
 from tests.sim.invariants import Violation
 from tests.sim.world import World
 
@@ -32,10 +34,18 @@ class Report:
     highest_term: int
     steps: int
     failed_disks: int
+    reopened: int
+    wiped: int = 0
 
 
-def run(seed: int, steps: int = STEPS) -> Report:
-    """One world from beginning to end; raises Violation, or whatever the log raised."""
+def run(
+    seed: int, steps: int = STEPS, *, bad_disks: bool = False, lost_disks: bool = False
+) -> Report:
+    """One world from beginning to end; raises Violation, or whatever the log raised.
+
+    `bad_disks`: in each second trouble a disk fills up or fails, for a while. `lost_disks`:
+    one at a time is lost, and its node rejoins.
+    """
     rng = random.Random(seed)
     members = rng.choice((1, 3, 3, 3, 5, 5))
     try:
@@ -44,12 +54,18 @@ def run(seed: int, steps: int = STEPS) -> Report:
         burst = rng.choice((1, 2, 8))
         fault_every = rng.choice((5, 15, 40, 100))
         revive = rng.choice((0.2, 0.5, 1.0))
+        wiped = 0
         for number in range(steps):
             world.step()
             _work(world, burst)
             if number % fault_every == 0:
                 _trouble(world, revive)
-        return _settle(world, seed, steps)
+                if bad_disks and rng.random() < 0.5:
+                    _spoil(rng, rng.choice(list(world.nodes.values())).disk)
+                if lost_disks and members > 1 and rng.random() < 0.3 and not world.rejoining:
+                    world.wipe(rng.choice(list(world.nodes.values())))
+                    wiped += 1
+        return dataclasses.replace(_settle(world, seed, steps), wiped=wiped)
     finally:
         pinned.use_time(time.monotonic, random.Random())
 
@@ -73,8 +89,8 @@ def _trouble(world: World, revive: float) -> None:
     node, other = rng.choice(leaders or nodes), rng.choice(nodes)
     if rng.random() < 0.6:
         node = rng.choice(nodes)
-    match rng.randrange(11):
-        case 0 | 1 if node.raft is not None:
+    match rng.randrange(12):
+        case 0 | 1 if node.raft is not None or node.closed:
             world.crash(node)
         case 2 if node is not other:
             world.cut(node.name, other.name)
@@ -89,7 +105,7 @@ def _trouble(world: World, revive: float) -> None:
         case 5:
             node.paused_until_s = world.now_s + rng.uniform(0.1, 3.0)
         case 6 if rng.random() < 0.3:
-            node.disk.full, node.disk.broken = rng.choice(((True, False), (False, True)))
+            _spoil(rng, node.disk)
         case 7:
             node.skew_s += rng.uniform(0.0, 0.5)
         case 8 if rng.random() < 0.2:
@@ -98,11 +114,27 @@ def _trouble(world: World, revive: float) -> None:
         case 9 if node.raft is not None:
             world.crash(node)  # and back at once: what it said must still bind it
             world.restart(node)
+        case 10 if node.raft is not None or node.closed:
+            world.kill(node)  # what its last sync failed to write may still look written
+            world.restart(node)
         case _:
             world.network.cut.clear()
     for each in nodes:
-        if each.raft is None and rng.random() < revive:
+        if each.disk.faulty and rng.random() < revive:
+            each.disk.mend()
+        if each.raft is None and not each.closed and rng.random() < revive:
             world.restart(each)
+
+
+def _spoil(rng: random.Random, disk: SimDisk) -> None:
+    """For a while: no room, no sync, or now and then either."""
+    match rng.randrange(3):
+        case 0:
+            disk.full = True
+        case 1:
+            disk.broken = True
+        case _:
+            disk.flaky = rng.choice((0.02, 0.2, 0.5))
 
 
 def _settle(world: World, seed: int, steps: int) -> Report:
@@ -110,7 +142,7 @@ def _settle(world: World, seed: int, steps: int) -> Report:
     world.heal()
     quiet = 0
     proposed = False
-    while not (proposed and _agree(world)):
+    while not (proposed and _agree(world) and not world.rejoining):
         quiet += 1
         if quiet > QUIET_STEPS:
             raise Violation(f"no agreement {QUIET_STEPS} steps after the last fault")
@@ -134,6 +166,7 @@ def _settle(world: World, seed: int, steps: int) -> Report:
         max(node.term for node in world.live),
         steps + quiet,
         world.failed_disks,
+        world.reopened,
     )
 
 
@@ -146,6 +179,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0..100", help="A..B, B not included; or one seed")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--bad-disks", action="store_true", help="disks fail much more often")
+    parser.add_argument("--lost-disks", action="store_true", help="disks are lost for good")
     options = parser.parse_args(arguments)
     first, _, end = options.seeds.partition("..")
     seeds = range(int(first), int(end) if end else int(first) + 1)
@@ -153,11 +188,19 @@ def main(arguments: list[str]) -> int:
     began, reports, failed = time.monotonic(), [], []
     for seed in seeds:
         try:
-            reports.append(run(seed, options.steps))
+            reports.append(
+                run(
+                    seed, options.steps,
+                    bad_disks=options.bad_disks, lost_disks=options.lost_disks,
+                )
+            )  # fmt: skip
         except Exception as error:  # noqa: BLE001  # a failing seed is a result
             failed.append(seed)
             print(f"seed {seed} FAILED: {type(error).__name__}: {error}")
-            print(f"  replay: python -m tests.sim.run --seeds {seed} --steps {options.steps}")
+            more = " --bad-disks" * options.bad_disks + " --lost-disks" * options.lost_disks
+            print(
+                f"  replay: python -m tests.sim.run --seeds {seed} --steps {options.steps}{more}"
+            )
             if len(seeds) == 1:
                 traceback.print_exc()
     took_s = time.monotonic() - began
@@ -165,11 +208,14 @@ def main(arguments: list[str]) -> int:
     messages = sum(report.messages for report in reports)
     acked = sum(report.acked for report in reports)
     failed_disks = sum(report.failed_disks for report in reports)
+    reopened = sum(report.reopened for report in reports)
+    wiped = sum(report.wiped for report in reports)
     digest = reports[-1].digest if reports else "-"
     print(
         f"{len(seeds)} seeds, {len(failed)} failed, {steps * 0.01:.0f} simulated s in"
         f" {took_s:.1f} s ({steps / took_s:.0f} steps/s), {messages} messages, {acked} acked,"
-        f" {failed_disks} failed disks, last digest {digest}"
+        f" {failed_disks} failed disks, {reopened} logs open again, {wiped} disks lost,"
+        f" last digest {digest}"
     )
     return 1 if failed else 0
 

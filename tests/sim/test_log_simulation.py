@@ -30,6 +30,19 @@ def test_nothing_acknowledged_is_lost_and_nobody_diverges(seed: int) -> None:
     assert report.acked > 0, f"seed {seed} proved nothing"
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_disks_that_fill_up_and_fail_for_a_while_cost_nothing_acknowledged(seed: int) -> None:
+    report = run.run(seed, bad_disks=True)
+    assert report.failed_disks > 0, f"seed {seed} proved nothing"
+    assert report.reopened > 0, f"seed {seed} proved nothing"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_disks_lost_one_at_a_time_cost_nothing_acknowledged(seed: int) -> None:
+    report = run.run(seed, lost_disks=True)
+    assert report.acked > 0, f"seed {seed} proved nothing"
+
+
 def test_a_seed_replays_to_the_same_messages_in_another_process() -> None:
     here = run.run(7).digest
     for hash_seed in ("1", "2"):
@@ -57,6 +70,11 @@ def test_a_seed_replays_to_the_same_messages_in_another_process() -> None:
         mutants.vote_for_the_short,
         mutants.compact_before_snapshot,
         mutants.seal_nothing,
+        mutants.retry_sync,
+        mutants.trust_the_cache,
+        mutants.keep_the_machine,
+        mutants.vote_with_an_empty_log,
+        mutants.vote_before_caught_up,
     ],
     ids=lambda mutant: mutant.__name__,
 )

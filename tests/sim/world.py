@@ -10,9 +10,11 @@ import msgspec
 from reconciler.errors import MillError
 from reconciler.log import pinned, wire
 from reconciler.log.core import Peer, PeerTransport
-from reconciler.log.errors import LogFailed
+from reconciler.log.errors import DiskFailed
 from reconciler.log.hardening import Parts, Raft
 from reconciler.log.journal import Journal
+from reconciler.log.rejoin import is_rejoining, set_aside
+from reconciler.log.reopening import reopen
 from reconciler.log.settings import Timing
 from reconciler.log.snapshot import Snapshots
 from tests.sim.disk import SimDisk
@@ -20,6 +22,7 @@ from tests.sim.invariants import Invariants, Violation
 from tests.sim.network import Flight, Network
 
 STEP_S = 0.01
+REOPEN_STEPS = 30  # between two tries of a closed log; its real pace would only cost worlds
 SNAPSHOT_BYTES = 8 << 10  # a snapshot every 150 commands or so
 
 CHUNK_BYTES = (1 << 10, 256 << 10)  # a snapshot in many parts, or in one
@@ -71,18 +74,22 @@ class SimMachine:
         self.items = msgspec.msgpack.decode(snapshot, type=list[tuple[int, bytes]])
         self._invariants.loaded(self._name, self.items)
 
+    def reset(self) -> None:
+        self.items = []
+
 
 class SimNode:
     """One machine: its disk outlives its process."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
-        self.disk = SimDisk(name)
+        self.disk = SimDisk(name, world.rng)
         self.epoch = 0
         self.skew_s = 0.0
         self.paused_until_s = 0.0
         self.held: list[Flight] = []  # what the kernel keeps for a paused process
         self.raft: Raft | None = None
+        self.closed = False  # by its disk: the process lives, and tries to open its log again
         self.machine = SimMachine(name, world.invariants)
 
     @property
@@ -108,20 +115,37 @@ class SimNode:
         return self.paused_until_s > self.world.now_s
 
     def start(self) -> None:
-        self.epoch += 1
+        self.closed = False
         self.machine = SimMachine(self.name, self.world.invariants)
+        self._open(reopen(self.disk))
+
+    def reopen(self) -> None:
+        """In the same process: the machine is the one from before."""
+        self._open(reopen(self.disk))
+        self.closed = False
+
+    def _open(self, journal: Journal) -> None:
+        self.epoch += 1
         others = [name for name in self.world.nodes if name != self.name]
-        journal = Journal(self.disk)
         parts = Parts(
-            journal, Snapshots(self.disk), self.machine, SimTransport(self), NullPoller(), self
-        )
+            journal, Snapshots(self.disk), self.machine, SimTransport(self), NullPoller(), self,
+            self.disk,
+        )  # fmt: skip
         self.raft = Raft(self.name, others, parts, Timing(), SNAPSHOT_BYTES)
         self.raft.replication.chunk_bytes = self.world.chunk_bytes
 
-    def crash(self, rng: random.Random) -> None:
-        self.raft = None
+    def close(self) -> None:
+        self.raft, self.closed = None, True
+        self.held.clear()
+
+    def kill(self) -> None:
+        """SIGKILL: the kernel's cache stays."""
+        self.raft, self.closed = None, False
         self.held.clear()
         self.paused_until_s = 0.0
+
+    def crash(self, rng: random.Random) -> None:
+        self.kill()
         self.disk.crash(rng)
 
     # hardening.Listener
@@ -150,6 +174,8 @@ class World:
         self.links: set[frozenset[str]] = set()
         self.commands = 0
         self.failed_disks = 0
+        self.reopened = 0
+        self.steps = 0
         for node in self.nodes.values():
             self._in(node, node.start)
 
@@ -173,6 +199,12 @@ class World:
         for node in self.live:
             if not node.paused:
                 self._tick(node)
+        self.steps += 1
+        if self.steps % REOPEN_STEPS == 0:
+            for node in self.nodes.values():
+                if node.closed and not node.paused:
+                    self._in(node, node.reopen)
+                    self.reopened += not node.closed
         self.invariants.check(list(self.live))
 
     def propose(self, node: SimNode) -> None:
@@ -198,11 +230,24 @@ class World:
 
     def crash(self, node: SimNode) -> None:
         node.crash(self.rng)
-        for other in self.live:
-            self._unlink(node.name, other.name)
+        self._unlink_all(node)
+
+    def wipe(self, node: SimNode) -> None:
+        """Its disk is gone; another one is in its place, and the node rejoins."""
+        self.crash(node)
+        node.disk = SimDisk(node.name, self.rng)
+        set_aside(node.disk)
+        self.restart(node)
+
+    @property
+    def rejoining(self) -> list[SimNode]:
+        return [node for node in self.nodes.values() if is_rejoining(node.disk)]
+
+    def kill(self, node: SimNode) -> None:
+        node.kill()
+        self._unlink_all(node)
 
     def restart(self, node: SimNode) -> None:
-        node.disk.full = node.disk.broken = False
         self._in(node, node.start)
 
     def cut(self, source: str, target: str) -> None:
@@ -216,8 +261,8 @@ class World:
         self.network.heal()
         for node in self.nodes.values():
             node.paused_until_s = 0.0
-            node.disk.full = node.disk.broken = False
-            if node.raft is None:
+            node.disk.mend()
+            if node.raft is None and not node.closed:
                 self.restart(node)
 
     def _connect(self) -> None:
@@ -231,6 +276,10 @@ class World:
                     self.links.add(pair)
                     self._tell(one, other, "_onNodeConnected")
                     self._tell(other, one, "_onNodeConnected")
+
+    def _unlink_all(self, node: SimNode) -> None:
+        for other in self.live:
+            self._unlink(node.name, other.name)
 
     def _unlink(self, one: str, other: str) -> None:
         pair = frozenset((one, other))
@@ -266,14 +315,15 @@ class World:
             self._in(node, lambda: raft.doTick(0.0))
 
     def _in(self, node: SimNode, action: Callable[[], object]) -> None:
-        """Run on this node's clock; a failing disk ends its process, and nothing else may."""
+        """Run on this node's clock; a failing disk closes its log, and nothing else may."""
         self._skew_s = node.skew_s
         try:
             action()
-        except LogFailed:
-            if not (node.disk.full or node.disk.broken):
+        except DiskFailed:
+            if not node.disk.faulty:
                 raise
-            self.failed_disks += 1
-            self.crash(node)
+            self.failed_disks += not node.closed
+            node.close()
+            self._unlink_all(node)
         finally:
             self._skew_s = 0.0

@@ -144,12 +144,14 @@ class PullReport(msgspec.Struct, frozen=True, tag="pull", kw_only=True):
 
 class Beat(msgspec.Struct, frozen=True, tag="beat", kw_only=True):
     """The node lives. `edge_index`: the newest state that its edge serves; `busy`: addresses of
-    draining allocations to which it still has requests under way."""
+    draining allocations to which it still has requests under way; `log_error`: why its log is
+    closed, naming the disk."""
 
     at_ms: int
     edge_index: int = 0
     edge_error: str = ""
     busy: tuple[str, ...] = ()
+    log_error: str = ""
 
 
 class Inventory(msgspec.Struct, frozen=True, tag="inventory", kw_only=True):
