@@ -52,7 +52,8 @@ async def status(asked: Asked) -> Response:
             source_row(state.sources[name], backend) for name in sorted(state.sources)
         ),
         deploy=record(running, backend.clock.wall_ms()) if running else None,
-        warnings=(*log_warnings(state, backend), *warnings(state, backend.health.edge_error)), stale=replies.stale(asked),
+        warnings=(*log_warnings(state, backend), *warnings(state, backend.health.edge_error)),
+        stale=replies.stale(asked),
     ))
 
 

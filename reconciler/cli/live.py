@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import click
+
 from reconciler.cli.problems import shown
-from reconciler.cli.progress import plain
 from reconciler.cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
     from reconciler.api.client import DeployEvent
 
 Draw = Callable[["DeployEvent", list[str]], None]
+SAID = "    "
+"""How a line of a container begins in what `render` gives."""
+
 REDRAWS_PER_S = 10
+
+
+def plain(_event: DeployEvent, lines: list[str]) -> None:
+    """Off a terminal: the lines of the transcript as they come. What a container said last is no
+    line of it, and goes beside it to standard error."""
+    for line in lines:
+        click.echo(line, err=line.startswith(SAID))
 
 
 @contextlib.contextmanager

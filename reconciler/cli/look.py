@@ -79,6 +79,8 @@ def nodes(settings: Settings) -> None:
         document(answer)
     else:
         lines(table(NODE_HEADS, list(map(_node, answer.nodes)), quiet=settings.quiet))
+        for warning in answer.warnings or ():
+            warn(warning, settings)
 
 
 @click.command(cls=Command)
@@ -201,7 +203,7 @@ def _service(row: ServiceRow) -> tuple[str, ...]:
 def source_row(row: SourceRow) -> tuple[str, ...]:
     """A source in a table."""
     return (row.name, row.status, age(row.since), row.applied[:SHORT] or "-",
-            row.head[:SHORT] or "-", row.reason)
+            row.head[:SHORT] or "-", row.reason.replace("\n", "; "))
 
 
 def _alloc(service: ServiceRow, row: AllocationRow) -> tuple[str, ...]:

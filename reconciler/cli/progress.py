@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING
 
-import click
 import msgspec
 
 from reconciler.cli.output import json_line
@@ -89,9 +88,3 @@ def _flat(event: DeployEvent) -> dict[str, object]:
     """One object: the event's id (null for progress in bytes), its kind, and its data."""
     data = msgspec.json.decode(event.data, type=dict[str, object])
     return {"id": event.id, "event": event.event, **data}
-
-
-def plain(_event: DeployEvent, lines: list[str]) -> None:
-    """Off a terminal: the lines of the transcript as they come."""
-    for line in lines:
-        click.echo(line)

@@ -129,7 +129,9 @@ def _show(settings: Settings, source: SourceAnswer) -> None:
         return
     since = f" since {source.since} ({age(source.since)})" if source.since else ""
     found = [f"{shown(source.name)}: {source.status}{since}"]
-    found += [f"  reason     {shown(source.reason)}"] if source.reason else []
+    heads = ["  reason     ", *["             "] * source.reason.count("\n")]
+    told = zip(heads, source.reason.split("\n"), strict=True)
+    found += [f"{head}{shown(line)}" for head, line in told] if source.reason else []
     found += [
         f"  url        {shown(source.url)}",
         f"  branch     {shown(source.branch)}",

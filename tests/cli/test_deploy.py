@@ -87,11 +87,10 @@ async def test_failed_deploy_is_exit_code_1_and_prints_no_control_characters(
     assert result.code == 1
     assert result.lines[2:] == [
         "  web: failed: web-x exited with code 3",
-        "    \\x1b[31mred\\x1b[0m",
-        "            indented",
         "  rolling back...",
         "  rolled back (0.0s): nothing changed",
     ]
+    assert result.err.splitlines() == ["    \\x1b[31mred\\x1b[0m", "            indented"]
 
 
 async def test_quiet_prints_what_failed_alone(mill: Mill, cluster: Cluster) -> None:

@@ -164,7 +164,7 @@ async def _commands(mill: Mill, registry: str) -> None:
     broken = await mill.beside("deploy", "-f", "broken.mill")
     assert broken.code == 1
     assert broken.lines[2].startswith("  web: failed: web-")
-    assert "    web vbad: serving on port 3000" in broken.lines
+    assert "    web vbad: serving on port 3000" in broken.err.splitlines()
     assert broken.lines[-2] == "  rolling back..."
     assert broken.lines[-1].endswith("nothing changed")
 
