@@ -184,7 +184,7 @@ class Dev:
         config = load(self.data / name / "node.json")
         await self._end_companions(config)
         await self._end_containers(config)
-        await network.link_down(_layout(config))
+        await network.link_down(config.layout)
         self.say(f"{name} is off")
 
     async def start(self, name: str) -> None:
@@ -225,8 +225,8 @@ class Dev:
             await client.ensure_namespace()
             states = await containers.list_all(client)
             await asyncio.gather(*(containers.remove(client, state.id) for state in states))
-        for alloc in await network.list_containers(_layout(config)):
-            await network.remove_container(_layout(config), alloc)
+        for alloc in await network.list_containers(config.layout):
+            await network.remove_container(config.layout, alloc)
 
     async def _end_leftovers(self) -> None:
         """Node processes that outlived a `mill dev` that was killed. Their containers, Envoy and
@@ -322,11 +322,6 @@ def command(data: Path, verb: str, name: str) -> None:
         answer = msgspec.json.decode(sock.makefile("rb").readline(), type=Answer)
     if answer.what:
         raise (NotFound if answer.status == 404 else Conflict)(answer.what, hint=answer.hint)
-
-
-def _layout(config: NodeConfig) -> network.Layout:
-    return network.Layout(config.tag, config.name, config.me.number,
-                          tuple(p.number for p in config.peers if p.name != config.name))
 
 
 def _processes_with(config: str) -> list[int]:

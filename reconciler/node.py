@@ -48,7 +48,6 @@ from reconciler.executor.links import Credentials, Links, LogReader
 from reconciler.executor.reading import Reader
 from reconciler.executor.requests import DeployRequest
 from reconciler.fsm import commands as c
-from reconciler.fsm.records import Node as NodeRecord
 from reconciler.fsm.records import Origin, Secret, Source
 from reconciler.fsm.seal import unseal
 from reconciler.git.bring import Bring
@@ -59,7 +58,7 @@ from reconciler.log import rejoin
 from reconciler.log.replica import Replica
 from reconciler.log.settings import Member, Settings
 from reconciler.node_backend import Deploys, GitSources, Logs, NodesView
-from reconciler.node_config import NodeConfig, Peer, load
+from reconciler.node_config import NodeConfig, load
 
 log = structlog.get_logger("mill.node")
 
@@ -71,14 +70,6 @@ ID_CHARS = string.ascii_lowercase + string.digits
 def new_alloc_id(service: str) -> str:
     """`NAME-xxxxxx`, six of a-z and 0-9 (contracts: Words)."""
     return f"{service}-{''.join(secrets.choice(ID_CHARS) for _ in range(6))}"
-
-
-def layout_of(config: NodeConfig) -> network.Layout:
-    """The names and addresses of a node's network."""
-    return network.Layout(
-        config.tag, config.name, config.me.number,
-        tuple(peer.number for peer in config.peers if peer.name != config.name),
-    )
 
 
 class Node:
@@ -100,7 +91,7 @@ class Node:
         self.reader = Reader()
         self.poller = Poller()
         self.front = Front(self.ledger, self._admission(), lambda: self.links)
-        self.layout = layout_of(config)
+        self.layout = config.layout
         self.logs = LogStore(self.data / "logs")
         self.runtime: NodeRuntime | None = None
         self.edge: Edge | None = None
@@ -274,11 +265,20 @@ class Node:
                     await asyncio.gather(current, return_exceptions=True)
                     current, self.links, self.sources = None, None, None
                 if self._term is not None:
-                    current = asyncio.create_task(self._lead(self._term))
+                    current = asyncio.create_task(self._keep_leading(self._term))
         finally:
             if current is not None:
                 current.cancel()
                 await asyncio.gather(current, return_exceptions=True)
+
+    async def _keep_leading(self, term: int) -> None:
+        """A leader without its loops would be worse than none: what stumbles is begun again."""
+        while True:
+            try:
+                await self._lead(term)
+            except Exception:
+                log.exception("leading_failed", term=term)
+            await asyncio.sleep(1.0)
 
     async def _lead(self, term: int) -> None:
         self.links = Links(self.ledger, self.config.name, self.credentials, self.clock)
@@ -317,10 +317,10 @@ class Node:
                 await self.ledger.propose(c.InitCluster(
                     self.config.cluster, self.config.token_id, self.config.token_sha256))
         for peer in self.config.peers:
-            if not _same(peer, self.ledger.state.nodes.get(peer.name)):
+            if not peer.is_as(self.ledger.state.nodes.get(peer.name)):
                 await self.ledger.propose(c.RegisterNode(
-                    name=peer.name, number=peer.number, api=f"{peer.host}:{peer.api_port}",
-                    agent=f"{peer.host}:{peer.agent_port}", cpu_milli=peer.cpu_milli,
+                    name=peer.name, number=peer.number, api=peer.api, agent=peer.agent,
+                    cpu_milli=peer.cpu_milli,
                     memory_bytes=peer.memory_bytes))
         await asyncio.Event().wait()
 
@@ -341,14 +341,6 @@ class Node:
                 await runtime.tidy(set(state.allocations), digests)
             except (MillError, OSError) as error:
                 log.warning("tidy_failed", reason=str(error))
-
-
-def _same(peer: Peer, node: NodeRecord | None) -> bool:
-    return node is not None and (
-        node.api == f"{peer.host}:{peer.api_port}"
-        and node.agent == f"{peer.host}:{peer.agent_port}"
-        and node.cpu_milli == peer.cpu_milli and node.memory_bytes == peer.memory_bytes
-    )
 
 
 async def serve(config: NodeConfig) -> None:

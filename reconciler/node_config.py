@@ -7,6 +7,8 @@ from pathlib import Path
 import msgspec
 
 from reconciler.errors import MillError
+from reconciler.executor.containerd.network import Layout
+from reconciler.fsm.records import Node
 
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +22,23 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     agent_port: int
     cpu_milli: int
     memory_bytes: int
+
+    @property
+    def api(self) -> str:
+        """Where its API answers, host:port."""
+        return f"{self.host}:{self.api_port}"
+
+    @property
+    def agent(self) -> str:
+        """Where its agent answers, host:port."""
+        return f"{self.host}:{self.agent_port}"
+
+    def is_as(self, node: Node | None) -> bool:
+        """The log has this member as it is configured."""
+        return node is not None and (
+            (node.api, node.agent) == (self.api, self.agent)
+            and (node.cpu_milli, node.memory_bytes) == (self.cpu_milli, self.memory_bytes)
+        )
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +68,12 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     def me(self) -> Peer:
         """This node among its peers."""
         return next(peer for peer in self.peers if peer.name == self.name)
+
+    @property
+    def layout(self) -> Layout:
+        """The names and addresses of its network."""
+        others = tuple(peer.number for peer in self.peers if peer.name != self.name)
+        return Layout(self.tag, self.name, self.me.number, others)
 
 
 def load(path: Path) -> NodeConfig:

@@ -28,6 +28,8 @@ log = structlog.get_logger("mill.heal")
 
 BACKOFF_S = (1.0, 5.0, 30.0, 60.0)
 """Waits before the first, second, third and every later restart (contracts: Defaults)."""
+STEADY_MS = 10 * 60 * 1000
+"""One that served this long before it ended is started again as if for the first time."""
 LOOK_S = 0.5
 GATHER_S = 0.02
 """Reports come in bursts, and a look is over all that is live: one look for a burst."""
@@ -54,6 +56,12 @@ def free_node(
     placed = place([demand], nodes.values(), reserved(state), images(state))
     slots = placed.slots.get(service, ())
     return next((slot.node for slot in slots if not slot.keep), None)
+
+
+def backoff_s(alloc: Allocation, now_ms: int) -> float:
+    """How long an allocation that has ended waits for its next start."""
+    steady = alloc.healthy_ms > alloc.started_ms and now_ms - alloc.healthy_ms >= STEADY_MS
+    return BACKOFF_S[0 if steady else min(alloc.restarts, len(BACKOFF_S) - 1)]
 
 
 @dataclass
@@ -192,7 +200,7 @@ class Heal:
         self, alloc: Allocation, link: Link, reason: str, exit_code: int | None
     ) -> None:
         now = self.ledger.clock.monotonic()
-        wait_s = BACKOFF_S[min(alloc.restarts, len(BACKOFF_S) - 1)]
+        wait_s = backoff_s(alloc, self.ledger.clock.wall_ms())
         due = self._due.setdefault(alloc.id, now + wait_s)
         if now < due:
             return

@@ -13,6 +13,7 @@ from reconciler.executor.agent.orders import AllocReport, Probe, Start
 from reconciler.executor.agent.supervise import StartFailed, Supervisor
 from reconciler.executor.links import Link
 from reconciler.fsm import commands as c
+from reconciler.fsm.records import Allocation
 from reconciler.fsm.state import State
 from tests.executor.world import MemoryRuntime, SteppedClock, World, service, world
 
@@ -104,3 +105,23 @@ async def test_a_start_that_follows_a_stop_is_carried_out_after_it(tmp_path: Pat
         assert runtime.started == ["web-1", "web-1"]
         for task in supervisor.tasks():
             task.cancel()
+
+
+def _ended(restarts: int, started_ms: int, healthy_ms: int) -> Allocation:
+    return Allocation(
+        id="web-000000", service="web", revision=1, slot=0, node="node-1", address="10.77.1.2",
+        deploy="", image="r/web:ok", digest="sha256:1", port=80, cpu_milli=1, memory_bytes=1,
+        restarts=restarts, started_ms=started_ms, healthy_ms=healthy_ms)
+
+
+def test_restarts_wait_longer_each_time_up_to_a_minute() -> None:
+    waits = [heal.backoff_s(_ended(n, 1_000, 900), 2_000) for n in range(6)]
+    assert waits == [1.0, 5.0, 30.0, 60.0, 60.0, 60.0]
+
+
+def test_what_served_for_long_is_started_again_at_once() -> None:
+    steady = _ended(9, started_ms=1_000, healthy_ms=2_000)
+    assert heal.backoff_s(steady, 2_000 + heal.STEADY_MS) == 1.0
+    assert heal.backoff_s(steady, 1_999 + heal.STEADY_MS) == 60.0
+    never_healthy_since = _ended(9, started_ms=3_000, healthy_ms=2_000)
+    assert heal.backoff_s(never_healthy_since, 2_000 + heal.STEADY_MS) == 60.0
