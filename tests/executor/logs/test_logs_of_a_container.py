@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from reconciler.executor.agent.logs import LogStore
+from reconciler.executor.containerd.cgroups import remove_cgroup
 from tests.executor.logs.test_logs import ALLOC, DEADLINE_S, processes, until, until_logged
 
 pytestmark = pytest.mark.containers
@@ -35,6 +36,9 @@ done
 """
 
 
+NAMESPACE = f"mill-test-{os.getpid()}"
+
+
 class Runtime:
     """A containerd of its own, driven by `ctr`."""
 
@@ -50,8 +54,7 @@ class Runtime:
 
     def ctr(self, *arguments: str) -> str:
         # Every containerd of a machine keeps its containers below the same folder in /run.
-        namespace = f"mill-test-{os.getpid()}"
-        command = ["ctr", "-a", f"{self.folder}/containerd.sock", "-n", namespace, *arguments]
+        command = ["ctr", "-a", f"{self.folder}/containerd.sock", "-n", NAMESPACE, *arguments]
         return subprocess.run(
             command, capture_output=True, text=True, timeout=DEADLINE_S, check=True
         ).stdout
@@ -83,6 +86,8 @@ class Runtime:
             self.ctr("containers", "rm", name)
         self.daemon.terminate()
         self.daemon.wait(DEADLINE_S)
+        remove_cgroup(f"/{NAMESPACE}")
+        shutil.rmtree(f"/run/containerd/runc/{NAMESPACE}", ignore_errors=True)
 
 
 @pytest.fixture
