@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import assert_never
 
 import structlog
 
@@ -154,8 +155,10 @@ class Heal:
                 await self._ended(alloc, link, report)
             case "running":
                 await self._running(alloc, link, report)
-            case _:
+            case "absent" | "starting":
                 pass
+            case _:
+                assert_never(report.phase)
 
     def _order(self, alloc: Allocation, link: Link) -> None:
         """Order a start once a stream and incarnation; the agent answers with what is."""
