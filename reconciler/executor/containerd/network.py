@@ -3,36 +3,49 @@
     hub      mTAGbr ──veth mTAGnN── node N: eth0 172.31.77.N, routes 10.77.M.0/24 via 172.31.77.M
     node N   mTAGbr 10.77.N.1/24 ──veth vTAGxxxxxx── container: eth0 10.77.N.K, default 10.77.N.1
 
-Everything lives in namespaces named `mill-TAG-...`; the host's own network is left as it was.
-A node's namespace owns the prefix of the services' virtual addresses (one local route, AnyIP), so
-whoever listens on one there is reached from its containers by their default route.
+Everything lives in namespaces named `mill-TAG-...`. With `mill dev` the host's own network is left
+as it was; on a real machine eth0 is a tunnel in place of the veth to the hub, and the machine gets
+an uplink (`network_machine`). A node's namespace owns the prefix of the services' virtual addresses
+(one local route, AnyIP), so whoever listens on one there is reached from its containers by their
+default route. IPv4 only.
 
-Each call is an *ensure*: it may run again after a crash at any point. No nftables rules are made:
-a dev node has no outside to masquerade for. A real machine's uplink, and masquerading from its
-containers to it, come with joining machines.
+Each call is an *ensure*: it may run again after a crash at any point.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import ipaddress
-import json
-import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
+from typing import assert_never
 
+import msgspec
+
+from reconciler.executor.containerd import network_machine as machine
 from reconciler.executor.containerd import network_namespace as namespace
+from reconciler.executor.containerd.network_command import DeviceMissing, delete_link, ip, show
+from reconciler.executor.containerd.network_layout import (
+    VIP_PREFIX,
+    Hub,
+    Layout,
+    Vxlan,
+    check_number,
+    mac,
+    overlay_address,
+)
 from reconciler.executor.containerd.network_namespace import NetworkFailed, socket_in
 
 __all__ = [
     "VIP_PREFIX",
+    "Hub",
     "Layout",
     "NetworkFailed",
+    "Vxlan",
     "ensure_container",
     "ensure_hub",
     "ensure_node",
+    "ensure_peers",
     "keep_host_namespace",
     "link_down",
     "link_up",
@@ -44,98 +57,20 @@ __all__ = [
     "sweep",
 ]
 
-VIP_PREFIX = "10.97.0.0/16"
-COMMAND_DEADLINE_S = 20.0  # `ip` takes milliseconds; only a wedged kernel lock reaches this
-_ROUTES_OF_OURS = 77  # rtm_protocol of the routes to peers: those are ours to take away again
 
-_TAG = re.compile(r"[0-9a-z]{1,8}")
-_ALLOCATION = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+class _Route(msgspec.Struct, frozen=True):
+    dst: str = ""
+    gateway: str = ""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The names and addresses of one node's network; all of them carry the tag.
-
-    tag: 8 hex characters, the hash of a dev data folder; on a real machine `mill`.
-    node: the node's name, for errors. number: 1 to 253. peers: the numbers of the other nodes.
-    """
-
-    tag: str
-    node: str
-    number: int
-    peers: tuple[int, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        if not _TAG.fullmatch(self.tag):
-            raise ValueError(f"tag {self.tag!r}: 1 to 8 of 0-9 a-z, it is part of interface names")
-        for number in (self.number, *self.peers):
-            if not 1 <= number <= 253:
-                raise ValueError(f"node number {number}: 1 to 253, it becomes part of an address")
-
-    @property
-    def hub_name(self) -> str:
-        """The namespace that joins the nodes of one machine."""
-        return f"mill-{self.tag}-hub"
-
-    @property
-    def node_name(self) -> str:
-        """The node's namespace, by name as `ip -n` takes it."""
-        return f"mill-{self.tag}-n{self.number}"
-
-    @property
-    def node_path(self) -> str:
-        """The node's namespace, as a path."""
-        return str(namespace.named(self.node_name))
-
-    @property
-    def bridge(self) -> str:
-        """The name of the bridge in the hub and in each node's namespace."""
-        return f"m{self.tag}br"
-
-    @property
-    def hub_link(self) -> str:
-        """The hub's end of the node's link."""
-        return f"m{self.tag}n{self.number}"
-
-    @property
-    def prefix(self) -> str:
-        """The node's /24, from which its allocations get addresses."""
-        return f"10.77.{self.number}.0/24"
-
-    @property
-    def gateway(self) -> str:
-        """The bridge's address: the containers' default route and name server."""
-        return f"10.77.{self.number}.1"
-
-    @property
-    def hub_address(self) -> str:
-        """The node's address in the hub, by which its peers route to it."""
-        return f"172.31.77.{self.number}"
-
-    def container_name(self, alloc: str) -> str:
-        """The namespace of an allocation."""
-        if not _ALLOCATION.fullmatch(alloc):
-            raise ValueError(f"allocation {alloc!r}: not a name for a namespace")
-        return f"{self._container_prefix}{alloc}"
-
-    def container_path(self, alloc: str) -> str:
-        """The namespace of an allocation, as the path that a container's spec takes."""
-        return str(namespace.named(self.container_name(alloc)))
-
-    def container_link(self, alloc: str) -> str:
-        """The node's end of an allocation's link: at most 15 characters, hence a hash."""
-        digest = base64.b32encode(hashlib.blake2b(alloc.encode()).digest()).decode()
-        return f"v{self.tag}{digest[:6].lower()}"
-
-    @property
-    def _container_prefix(self) -> str:
-        return f"mill-{self.tag}-c{self.number}-"
+class _Link(msgspec.Struct, frozen=True):
+    ifname: str = "lo"
 
 
 async def ensure_hub(layout: Layout) -> None:
     """The namespace and bridge that join the nodes of this machine."""
     await asyncio.to_thread(namespace.create, layout.hub_name)
-    await _ip(
+    await ip(
         layout.hub_name,
         "link set lo up",
         f"link add {layout.bridge} address 02:4d:ac:1f:4d:fe type bridge",
@@ -144,35 +79,53 @@ async def ensure_hub(layout: Layout) -> None:
 
 
 async def ensure_node(layout: Layout) -> None:
-    """The node's namespace with its bridge, its link to the hub (up) and routes to its peers."""
-    await ensure_hub(layout)
+    """The node's namespace with its bridge and its link to the other nodes, up.
+
+    In a hub, `layout.peers` are ensured too; on a machine the peers stay as they are until
+    `ensure_peers`, its uplink is made, and IPv4 forwarding is switched on in the caller's
+    namespace. Errors: NetworkFailed.
+    """
     await asyncio.to_thread(_create_node_namespace, layout)
-    await _ensure_link(
+    await ip(
         layout.node_name,
-        layout.hub_name,
-        f"link add eth0 address {_mac(layout.hub_address)} "
-        f"type veth peer name {layout.hub_link} netns {layout.hub_name}",
-        layout.hub_link,
-        (
-            "link set lo up",
-            "link set eth0 addrgenmode none up",
-            f"addr replace {layout.hub_address}/24 dev eth0",
-            f"link add {layout.bridge} address {_mac(layout.gateway)} type bridge",
-            f"link set {layout.bridge} addrgenmode none up",
-            f"addr replace {layout.gateway}/24 dev {layout.bridge}",
-            f"route replace local {VIP_PREFIX} dev lo",
-            *(
-                f"route replace 10.77.{peer}.0/24 via 172.31.77.{peer} proto {_ROUTES_OF_OURS}"
-                for peer in layout.peers
-                if peer != layout.number
-            ),
-        ),
+        "link set lo up",
+        f"link add {layout.bridge} address {mac(layout.gateway)} type bridge",
+        f"link set {layout.bridge} addrgenmode none up",
+        f"addr replace {layout.gateway}/24 dev {layout.bridge}",
+        f"route replace local {VIP_PREFIX} dev lo",
     )
-    await _ip(
-        layout.hub_name,
-        f"link set {layout.hub_link} addrgenmode none master {layout.bridge} up",
-    )
-    await _forget_old_peers(layout)
+    match layout.overlay:
+        case Hub():
+            await ensure_hub(layout)
+            await _ensure_hub_link(layout)
+            await ensure_peers(layout, dict.fromkeys(layout.peers, ""))
+        case Vxlan():
+            await machine.ensure_machine(layout, layout.overlay)
+        case _:
+            assert_never(layout.overlay)
+
+
+async def ensure_peers(layout: Layout, peers: Mapping[int, str]) -> None:
+    """Reach exactly these nodes: number → the IPv4 address of its machine (unread in a hub).
+
+    The node's own number is passed over. Changes only what differs. Errors: ValueError for a
+    number or an address that is none, once all the others are reached; NetworkFailed.
+    """
+    others = {number: host for number, host in peers.items() if number != layout.number}
+    for number in others:
+        check_number(number)
+    wanted = {f"10.77.{number}.0/24": overlay_address(number) for number in others}
+    match layout.overlay:
+        case Hub():
+            await _ensure_routes(layout, wanted)
+        case Vxlan():
+            reachable = {number: host for number, host in others.items() if _is_ipv4(host)}
+            await machine.ensure_tunnels(layout, reachable)
+            await _ensure_routes(layout, wanted | machine.machine_routes(others))
+            if wrong := {number: others[number] for number in others.keys() - reachable.keys()}:
+                raise ValueError(f"machines of nodes without an IPv4 address: {wrong}")
+        case _:
+            assert_never(layout.overlay)
 
 
 async def ensure_container(layout: Layout, alloc: str, address: str) -> str:
@@ -184,11 +137,12 @@ async def ensure_container(layout: Layout, alloc: str, address: str) -> str:
         raise ValueError(f"{address} of {alloc} is not in {layout.prefix} of {layout.node}")
     name, link = layout.container_name(alloc), layout.container_link(alloc)
     await asyncio.to_thread(namespace.create, name)
+    mtu = await asyncio.to_thread(machine.link_mtu, layout)
     await _ensure_link(
         name,
         layout.node_name,
-        f"link add eth0 address {_mac(address)} "
-        f"type veth peer name {link} netns {layout.node_name}",
+        f"link add eth0 mtu {mtu} address {mac(address)} "
+        f"type veth peer name {link} mtu {mtu} netns {layout.node_name}",
         link,
         (
             "link set lo up",
@@ -197,7 +151,7 @@ async def ensure_container(layout: Layout, alloc: str, address: str) -> str:
             f"route replace default via {layout.gateway}",
         ),
     )
-    await _ip(layout.node_name, f"link set {link} addrgenmode none master {layout.bridge} up")
+    await ip(layout.node_name, f"link set {link} addrgenmode none master {layout.bridge} up")
     return layout.container_path(alloc)
 
 
@@ -205,45 +159,54 @@ async def remove_container(layout: Layout, alloc: str) -> None:
     """Link and namespace of an allocation; nothing there is fine. Stop its task before."""
     path = Path(layout.container_path(alloc))
     if namespace.is_namespace(Path(layout.node_path)):
-        await _delete_link(layout.node_name, layout.container_link(alloc))
+        await delete_link(layout.node_name, layout.container_link(alloc))
     await asyncio.to_thread(namespace.remove, path)
 
 
 async def remove_node(layout: Layout) -> None:
     """The node's namespace, its link and what is left of its containers' namespaces.
 
+    On a machine also its uplink and rules; only `ip_forward` stays on.
     Stop what holds sockets there before (Envoy, DNS): a socket keeps a namespace alive.
     """
     for alloc in await list_containers(layout):
         await remove_container(layout, alloc)
-    if namespace.is_namespace(namespace.named(layout.hub_name)):
-        await _delete_link(layout.hub_name, layout.hub_link)
+    match layout.overlay:
+        case Hub():
+            if namespace.is_namespace(namespace.named(layout.hub_name)):
+                await delete_link(layout.hub_name, layout.hub_link)
+        case Vxlan():
+            await machine.remove_machine(layout)
+        case _:
+            assert_never(layout.overlay)
     await asyncio.to_thread(namespace.remove, Path(layout.node_path))
 
 
 async def list_containers(layout: Layout) -> list[str]:
     """The allocations that have a namespace on this node, sorted."""
-    prefix = layout._container_prefix
+    prefix = layout.container_prefix
     return [name.removeprefix(prefix) for name in _names(prefix)]
 
 
 async def link_down(layout: Layout) -> None:
     """Cut a node off from its peers, as pulling its cable would; its containers go on."""
-    await _ip(layout.hub_name, f"link set {layout.hub_link} down")
+    await ip(layout.hub_name, f"link set {layout.hub_link} down")
 
 
 async def link_up(layout: Layout) -> None:
     """Undo `link_down`; `ensure_node` does so too."""
-    await _ip(layout.hub_name, f"link set {layout.hub_link} up")
+    await ip(layout.hub_name, f"link set {layout.hub_link} up")
 
 
 async def sweep(tag: str) -> tuple[str, ...]:
     """Remove every namespace (and kept host namespace) of `tag`, and only those; what was removed.
 
+    What carries the tag in the caller's own namespace (uplink, table) goes too, and is not named.
     Stop the processes inside before: the names and links go at once, but a namespace with a live
     process or socket in it ends with that.
     """
-    Layout(tag, "sweep", 1)  # refuses a tag that could match more than itself
+    layout = Layout(tag, "sweep", 1)  # refuses a tag that could match more than itself
+    await machine.remove_from_machine(layout)
     names = _names(f"mill-{tag}-")
     for name in names:
         if namespace.is_namespace(namespace.named(name)):
@@ -289,31 +252,57 @@ async def _ensure_link(
     The far end outlives the near one's name while a process or socket keeps that namespace alive.
     """
     try:
-        await _ip(name, add, *lines)
-    except _DeviceMissing:
-        await _delete_link(far_name, far_link)
-        await _ip(name, add, *lines)
+        await ip(name, add, *lines)
+    except DeviceMissing:
+        await delete_link(far_name, far_link)
+        await ip(name, add, *lines)
 
 
-async def _forget_old_peers(layout: Layout) -> None:
-    shown = await _run("ip", "-n", layout.node_name, "-json", "route", "show", "proto", "77")
-    wanted = {f"10.77.{peer}.0/24" for peer in layout.peers}
-    stale = [row["dst"] for row in json.loads(shown or "[]") if row["dst"] not in wanted]
-    if stale:
-        await _ip(layout.node_name, *(f"route del {dst} proto 77" for dst in stale))
+async def _ensure_hub_link(layout: Layout) -> None:
+    await _ensure_link(
+        layout.node_name,
+        layout.hub_name,
+        f"link add eth0 address {mac(layout.hub_address)} "
+        f"type veth peer name {layout.hub_link} netns {layout.hub_name}",
+        layout.hub_link,
+        (
+            "link set eth0 addrgenmode none up",
+            f"addr replace {layout.hub_address}/24 dev eth0",
+        ),
+    )
+    await ip(
+        layout.hub_name,
+        f"link set {layout.hub_link} addrgenmode none master {layout.bridge} up",
+    )
 
 
-async def _delete_link(name: str, link: str) -> None:
-    try:
-        await _ip(name, f"link del {link}")
-    except _DeviceMissing:
-        return
+async def _ensure_routes(layout: Layout, wanted: Mapping[str, str]) -> None:
+    """Routes of our protocol number in the node's namespace: prefix → gateway, and no others."""
+    rows = await show(_Route, "ip", layout.node_name, "route", "show", "proto", f"{machine.OURS}")
+    there = {row.dst: row.gateway for row in rows}
+    await ip(
+        layout.node_name,
+        *(f"route del {dst} proto {machine.OURS}" for dst in sorted(there.keys() - wanted.keys())),
+        *(
+            f"route replace {dst} via {gateway} proto {machine.OURS}"
+            for dst, gateway in sorted(wanted.items())
+            if there.get(dst) != gateway
+        ),
+    )
 
 
 async def _delete_all_links(name: str) -> None:
-    shown = json.loads(await _run("ip", "-n", name, "-json", "link", "show") or "[]")
-    for link in (row["ifname"] for row in shown if row["ifname"] != "lo"):
-        await _delete_link(name, link)
+    for link in await show(_Link, "ip", name, "link", "show"):
+        if link.ifname != "lo":
+            await delete_link(name, link.ifname)
+
+
+def _is_ipv4(host: str) -> bool:
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _names(prefix: str) -> list[str]:
@@ -335,61 +324,3 @@ def _kept_namespaces() -> list[Path]:
 
 def _carries(path: Path, tag: str) -> bool:
     return any(part == f"mill-{tag}" or part.startswith(f"mill-{tag}-") for part in path.parts)
-
-
-def _mac(address: str) -> str:
-    """A fixed local MAC from the IPv4 address: an address that comes back, comes back the same.
-
-    Otherwise neighbours would talk to the old one until their ARP entry expires, and a bridge
-    would change its own with every port.
-    """
-    return "02:4d:" + ":".join(f"{octet:02x}" for octet in ipaddress.ip_address(address).packed)
-
-
-class _DeviceMissing(NetworkFailed):
-    """`ip` named a device that is not there."""
-
-
-async def _ip(name: str, *lines: str) -> None:
-    """Run lines of `ip` in the namespace `name` as one batch; a link that exists already is fine.
-
-    Errors: _DeviceMissing, NetworkFailed.
-    """
-    await _run("ip", "-n", name, "-force", "-batch", "-", lines=lines)
-
-
-async def _run(*command: str, lines: tuple[str, ...] = ()) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(COMMAND_DEADLINE_S):
-            out, err = await process.communicate("".join(f"{line}\n" for line in lines).encode())
-    except TimeoutError as error:
-        process.kill()
-        await process.wait()
-        raise NetworkFailed("ip did not answer", at=" ".join(command)) from error
-    if process.returncode:
-        _raise_unless_it_exists(err.decode(errors="replace"), command, lines)
-    return out.decode()
-
-
-def _raise_unless_it_exists(err: str, command: tuple[str, ...], lines: tuple[str, ...]) -> None:
-    """`ip -force -batch` tells each failure as reason lines and then `Command failed -:N`."""
-    reasons: list[str] = []
-    for told in err.splitlines():
-        failed = re.match(r"Command failed -:(\d+)", told)
-        if not failed:
-            reasons.append(told)
-            continue
-        line = lines[int(failed[1]) - 1]
-        if not (line.startswith("link add ") and any("File exists" in why for why in reasons)):
-            why = "; ".join(reasons) or told
-            kind = _DeviceMissing if "Cannot find device" in why else NetworkFailed
-            raise kind(f"ip {line!r}: {why}", at=command[2])
-        reasons = []
-    if reasons:
-        raise NetworkFailed("; ".join(reasons), at=" ".join(command))

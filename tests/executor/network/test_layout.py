@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reconciler.executor.containerd import network
-from reconciler.executor.containerd.network import Layout
+from reconciler.executor.containerd.network import Layout, Vxlan
 
 TAGS = st.text("0123456789abcdef", min_size=8, max_size=8) | st.just("mill")
 ALLOCS = st.from_regex(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?-[a-z0-9]{6}", fullmatch=True)
@@ -15,7 +15,7 @@ ALLOCS = st.from_regex(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?-[a-z0-9]{6}", fullmatch
 @given(tag=TAGS, number=st.integers(1, 253), alloc=ALLOCS.filter(lambda name: "--" not in name))
 def test_interface_names_carry_the_tag_and_fit(tag: str, number: int, alloc: str) -> None:
     layout = Layout(tag, f"node-{number}", number)
-    for name in (layout.bridge, layout.hub_link, layout.container_link(alloc)):
+    for name in (layout.bridge, layout.hub_link, layout.uplink, layout.container_link(alloc)):
         assert tag in name
         assert len(name) <= 15
     for name in (layout.hub_name, layout.node_name, layout.container_name(alloc)):
@@ -41,6 +41,12 @@ def test_a_tag_that_would_match_more_than_itself_is_refused(tag: str) -> None:
 def test_a_number_that_is_no_address_is_refused(number: int) -> None:
     with pytest.raises(ValueError, match="node number"):
         Layout("0123abcd", "node-1", number)
+
+
+@pytest.mark.parametrize("address", ["", "machine.example", "fd00::1", "10.0.0.0/8", "10.0.0.256"])
+def test_a_machine_without_an_ipv4_address_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match=r"[Ee]xpected|[Oo]ctet|empty|permitted"):
+        Vxlan(address)
 
 
 @pytest.mark.parametrize("alloc", ["", "../etc", "a/b", "-x", "a b"])
