@@ -11,6 +11,7 @@ from typing import Literal, assert_never
 from starlette.requests import Request
 from starlette.responses import Response
 
+from reconciler.api.limits import Failures
 from reconciler.api.services import Backend
 from reconciler.errors import MillError, NotFound, Unprocessable
 from reconciler.fsm.records import Token
@@ -60,7 +61,8 @@ STALE = Query("stale", "answer from what this node knows, without a majority", v
 
 @dataclass(frozen=True)
 class Site:
-    """What all requests of one server share. `closing` ends its streams.
+    """What all requests of one server share. `closing` ends its streams, `failures` counts the
+    wrong tokens that it was sent.
 
     `costly` lets one backup be sealed or opened at a time: each takes a core and 64 MiB.
     """
@@ -69,6 +71,10 @@ class Site:
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     heartbeat_s: float = HEARTBEAT_S
     costly: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    failures: Failures = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "failures", Failures(self.backend.clock))
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ Handler = Callable[[Asked], Awaitable[Response]]
 class Call:
     """A method on a path. `answer` is the struct of its JSON, `streams` the struct of `data:`.
 
+    A token that is bound to services may only ask calls of role `read` and those that are `scoped`:
+    these look themselves whether it reaches. `problems`: statuses that only this call answers with.
     `download` and `upload` are the media types of an answer or a body of bytes; `headers` what it
     reads beside the common ones, each with what it is for.
     """
@@ -168,6 +176,8 @@ class Call:
     upload: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
+    scoped: bool = False
+    problems: tuple[int, ...] = ()
 
     @property
     def queries(self) -> tuple[Query, ...]:

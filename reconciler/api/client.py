@@ -64,8 +64,9 @@ class Client:
     Raises Refused (with the problem), Unreachable, or NoAnswer; `exit_code` tells them apart.
     """
 
-    def __init__(self, addresses: Sequence[str], token: str) -> None:
-        self._connection = Connection(addresses, token)
+    def __init__(self, addresses: Sequence[str], token: str, ca: bytes | None = None) -> None:
+        """`ca`: the cluster's, PEM, by which addresses other than loopback are verified."""
+        self._connection = Connection(addresses, token, ca)
 
     async def __aenter__(self) -> Client:
         return self
@@ -95,6 +96,45 @@ class Client:
     async def nodes(self, *, stale: bool = False) -> t.NodeList:
         """All nodes."""
         return await self._get("/v1/nodes", t.NodeList, _stale(stale))
+
+    async def drain(self, node: str, timeout: str = "") -> AsyncGenerator[Step, None]:
+        """Drain a node, and tell how that goes over any failover. The last step's phase is `done`
+        or `failed`; a drain that was asked for again begins with `draining` again."""
+        params = [("timeout", timeout)] if timeout else []
+        while True:
+            answer = await self._connection.patient(
+                "POST", _path("nodes", node, "drain"), params=params, patience_s=STREAM_PATIENCE_S)
+            try:
+                async with aclosing(messages(answer)) as told:
+                    async for message in told:
+                        event = _event(message)
+                        if event.terminal:
+                            yield msgspec.structs.replace(event.step, phase=event.event)
+                            return
+                        yield event.step
+            except NoAnswer:
+                pass  # the drain goes on without us: to ask again is to look
+            await asyncio.sleep(PAUSES_S[0])
+
+    async def undrain(self, node: str) -> t.NodeAnswer:
+        """Let a node take allocations again."""
+        return await self._send("POST", _path("nodes", node, "undrain"), t.NodeAnswer)
+
+    async def remove_node(self, node: str) -> t.Removed:
+        """Forget a node."""
+        return await self._send("DELETE", _path("nodes", node), t.Removed)
+
+    async def tokens(self) -> t.TokenList:
+        """All tokens, without their texts."""
+        return await self._get("/v1/tokens", t.TokenList)
+
+    async def create_token(self, body: t.TokenBody) -> t.TokenMade:
+        """A new token, with its text."""
+        return await self._send("POST", "/v1/tokens", t.TokenMade, body)
+
+    async def revoke_token(self, token_id: str) -> t.Removed:
+        """A token is good no more."""
+        return await self._send("DELETE", _path("tokens", token_id), t.Removed)
 
     async def plan(
         self, files: Mapping[str, str], options: DeployOptions | None = None

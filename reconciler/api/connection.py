@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from http import HTTPStatus
 
 import httpx
 import msgspec
 
+from reconciler.api.address import base_url
 from reconciler.api.stream import Decoder, Message, StreamGarbled
+from reconciler.api.tls import client_context, why_unverified
 from reconciler.api.types import Problem
-from reconciler.errors import MillError, Unavailable
+from reconciler.errors import Malformed, MillError, Unavailable
 
 CONNECT_S = 3.0
 READ_ANSWER_S = 20.0
@@ -63,14 +66,18 @@ def exit_code(error: MillError) -> int:
 
 
 class Connection:
-    """Requests to whichever address answers first, starting with the one that did last."""
+    """Requests to whichever address answers first, starting with the one that did last.
 
-    def __init__(self, addresses: Sequence[str], token: str) -> None:
+    ca: the cluster's, PEM; None believes what the system believes.
+    """
+
+    def __init__(self, addresses: Sequence[str], token: str, ca: bytes | None = None) -> None:
         assert addresses, "a client needs an address"
-        self._bases = [_base(address) for address in addresses]
+        self._bases = [base_url(address) for address in addresses]
+        # Loading the system's CAs takes 30 ms: not where no address is https.
+        secure = any(base.startswith("https:") for base in self._bases)
         self._client = httpx.AsyncClient(
-            # Loading the CAs takes 30 ms: not where no address is https.
-            verify=any(base.startswith("https:") for base in self._bases),
+            verify=_context(ca) if ca is not None and secure else secure,
             trust_env=False, timeout=httpx.Timeout(WRITE_ANSWER_S, connect=CONNECT_S),
             headers={"authorization": f"Bearer {token}"} if token else {},
         )
@@ -114,12 +121,11 @@ class Connection:
                 if answer.is_success:
                     self._prefer(base)
                     return answer
-                failure = await _refused(answer)
+                failure = await refused(answer)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 self._avoid(base)
                 if not isinstance(failure, Refused):  # what a node has said tells more
-                    failure = Unreachable(f"nothing answers at {base}: {error or 'no connection'}",
-                                          hint="is the node up? name another with --address")
+                    failure = _unreachable(base, error)
                 continue
             except (httpx.HTTPError, TimeoutError) as error:
                 failure = NoAnswer(f"{base} gave no answer: {type(error).__name__}",
@@ -179,7 +185,8 @@ async def messages(answer: httpx.Response) -> AsyncGenerator[Message, None]:
         await answer.aclose()
 
 
-async def _refused(answer: httpx.Response) -> Refused:
+async def refused(answer: httpx.Response) -> Refused:
+    """The problem of an answer that is none of 2xx; closes it."""
     body = bytearray()
     try:
         async for piece in answer.aiter_bytes():
@@ -197,8 +204,23 @@ async def _refused(answer: httpx.Response) -> Refused:
         await answer.aclose()
 
 
-def _base(address: str) -> str:
-    return (address if "://" in address else f"http://{address}").rstrip("/")
+def _context(ca: bytes) -> ssl.SSLContext:
+    try:
+        return client_context(ca)
+    except (ssl.SSLError, ValueError) as error:
+        raise Malformed("the CA of the cluster is no certificate in PEM",
+                        hint="it is ca.pem in the data folder of each node") from error
+
+
+def _unreachable(base: str, error: httpx.TransportError) -> Unreachable:
+    reason = why_unverified(error)
+    if reason:
+        return Unreachable(
+            f"{base} is not trusted: {reason}",
+            hint="is it a node of this cluster? name the cluster's CA with MILL_CA=FILE, or use "
+                 "the context that mill init or mill join wrote, with --context")
+    return Unreachable(f"nothing answers at {base}: {error or 'no connection'}",
+                       hint="is the node up? name another with --address")
 
 
 def _shown(url: httpx.URL) -> str:

@@ -11,6 +11,7 @@ from reconciler.api import replies
 from reconciler.api.bodies import decode_json, read_manifest
 from reconciler.api.calls import Asked, BadQuery, Call, Query
 from reconciler.api.events import facts, frame, last_event_id
+from reconciler.api.scope import known_service, must_reach, must_reach_all, scope
 from reconciler.api.services import Ask
 from reconciler.api.stream import beside, encode
 from reconciler.api.types import (
@@ -66,7 +67,24 @@ def record(deploy: Deploy, now_ms: int) -> DeployRecord:
 async def start(asked: Asked) -> Response:
     """Admit, then stream; or only say where the stream is."""
     request = await _deploy_request(asked)
+    if scope(asked):
+        await _must_reach_deploy(asked, request)
     return await _told(asked, await asked.backend.deploys.start(request))
+
+
+async def _must_reach_deploy(asked: Asked, request: DeployRequest) -> None:
+    """Forbidden where a deploy goes beyond the token's scope."""
+    if request.prune:  # takes what the manifest does not name
+        must_reach_all(asked, "prune")
+    repeated = next((deploy for deploy in asked.state.deploys.values()
+                     if request.key and deploy.key == request.key), None)
+    if repeated is not None:  # whatever is sent along, it is this one, which may run still
+        must_reach(asked, (change.service for change in repeated.changes))
+        return
+    # What it does name is known from its plan, in which unchanged services stand too.
+    view = await asked.backend.deploys.plan(request)
+    found = msgspec.convert(view, Plan, from_attributes=True)
+    must_reach(asked, (service.name for service in found.services))
 
 
 async def plan(asked: Asked) -> Response:
@@ -80,13 +98,13 @@ async def plan(asked: Asked) -> Response:
 
 async def restart(asked: Asked) -> Response:
     """New containers of the live spec."""
-    name = _service(asked)
+    name = known_service(asked, asked.path("name"))
     return await _told(asked, await asked.backend.deploys.restart(name, _ask(asked)))
 
 
 async def rollback(asked: Asked) -> Response:
     """An earlier revision; which ones there are is in the service's answer."""
-    name = _service(asked)
+    name = known_service(asked, asked.path("name"))
     to = decode_json(asked.request.headers, asked.body, RollbackBody).to
     if to is not None and to < 1:
         raise Unprocessable(f"no revision {to}", hint="revisions are numbered from 1")
@@ -95,7 +113,7 @@ async def rollback(asked: Asked) -> Response:
 
 async def scale(asked: Asked) -> Response:
     """Another number of replicas of the live spec."""
-    name = _service(asked)
+    name = known_service(asked, asked.path("name"))
     replicas = decode_json(asked.request.headers, asked.body, ScaleBody).replicas
     if not 0 <= replicas <= MAX_REPLICAS:
         raise Unprocessable(f"replicas cannot be {replicas}", hint=f"0 to {MAX_REPLICAS}")
@@ -134,6 +152,7 @@ async def follow(asked: Asked) -> Response:
 async def cancel(asked: Asked) -> Response:
     """Ask a running deploy to roll back; its stream says when it has."""
     deploy = _known(asked.state, asked.path("id"))
+    must_reach(asked, (change.service for change in deploy.changes))
     if deploy.finished:
         raise Conflict(f"{deploy.id} has ended: {deploy.outcome}",
                        hint="there is nothing left to cancel")
@@ -180,13 +199,6 @@ def _key(asked: Asked) -> str:
 
 def _ask(asked: Asked) -> Ask:
     return Ask(token=asked.token_id, key=_key(asked))
-
-
-def _service(asked: Asked) -> str:
-    name = asked.path("name")
-    if name not in asked.state.services:
-        raise NotFound(f"no service {name}", hint="list them with: mill services")
-    return name
 
 
 def _known(state: State, deploy_id: str) -> Deploy:
@@ -255,6 +267,7 @@ _MANIFEST = (
 
 CALLS = (
     Call("POST", "/v1/deploy", start, "Deploy a manifest", role="deploy", serve="lead",
+         scoped=True,
          answer=Detached, status=202, streams="deploy", manifest=True,
          query=(*_MANIFEST, _DETACH)),
     Call("POST", "/v1/plan", plan, "What a deploy of this manifest would do", role="read",
@@ -269,17 +282,17 @@ CALLS = (
          streams="deploy",
          query=(Query("stale", "answer from what this node knows", values=("ok",)),)),
     Call("POST", "/v1/deploys/{id}/cancel", cancel, "Roll a running deploy back", role="deploy",
-         serve="lead", answer=DeployAnswer, status=202),
+         serve="lead", scoped=True, answer=DeployAnswer, status=202),
     Call("POST", "/v1/services/{name}/restart", restart, "New containers of the live spec",
-         role="deploy", serve="lead", answer=Detached, status=202, streams="deploy",
+         role="deploy", serve="lead", scoped=True, answer=Detached, status=202, streams="deploy",
          query=(_DETACH,)),
     Call("POST", "/v1/restart/{name}", restart, "The same as /v1/services/{name}/restart",
-         role="deploy", serve="lead", answer=Detached, status=202, streams="deploy",
+         role="deploy", serve="lead", scoped=True, answer=Detached, status=202, streams="deploy",
          query=(_DETACH,)),
     Call("POST", "/v1/services/{name}/rollback", rollback, "Deploy an earlier revision",
-         role="deploy", serve="lead", answer=Detached, status=202, streams="deploy",
+         role="deploy", serve="lead", scoped=True, answer=Detached, status=202, streams="deploy",
          body=RollbackBody, query=(_DETACH,)),
     Call("POST", "/v1/services/{name}/scale", scale, "Another number of replicas",
-         role="deploy", serve="lead", answer=Detached, status=202, streams="deploy",
+         role="deploy", serve="lead", scoped=True, answer=Detached, status=202, streams="deploy",
          body=ScaleBody, query=(_DETACH,)),
 )

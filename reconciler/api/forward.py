@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import AsyncGenerator
 
 import httpx
@@ -11,10 +10,12 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
+from reconciler.api.address import base_url
 from reconciler.api.calls import Call, Site
 from reconciler.api.problems import NoLeader
 from reconciler.api.replies import EVENT_STREAM, Streamed
 from reconciler.api.stream import kept_open
+from reconciler.api.tls import client_context
 
 log = structlog.get_logger("mill.api")
 
@@ -49,7 +50,7 @@ class Forwarder:
         self._site = site
         self._client = httpx.AsyncClient(
             trust_env=False,
-            verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),  # no CAs: this hop is plain so far
+            verify=client_context(site.backend.ca),
             # Reading has deadlines of its own below: waiting for an answer is not silence.
             timeout=httpx.Timeout(STREAM_SILENCE_S, connect=CONNECT_S, read=None),
             limits=httpx.Limits(
@@ -94,7 +95,7 @@ class Forwarder:
         if node is None:
             raise NoLeader(f"the address of the leader, {leader}, is not known here yet",
                            hint="try again in a second")
-        return httpx.URL(f"http://{node.api}")
+        return httpx.URL(base_url(node.api))
 
     async def _relay(self, call: Call, answer: httpx.Response) -> Response:
         headers = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP_BY_HOP}
@@ -109,7 +110,7 @@ class Forwarder:
                     body += chunk
                     if len(body) > MAX_ANSWER_BYTES:
                         raise NoLeader("the leader's answer is over every bound",
-                                       hint="ask for less")
+                                       hint="ask for less", unwritten=False)
         except (httpx.HTTPError, TimeoutError) as error:
             raise _open_outcome(call) from error
         finally:
@@ -129,6 +130,7 @@ def _open_outcome(call: Call) -> NoLeader:
     return NoLeader(
         "the leader stopped answering; it may or may not have happened",
         hint="look before you repeat it, or repeat it with the same Idempotency-Key",
+        unwritten=False,
     )
 
 

@@ -13,6 +13,7 @@ from reconciler.api import types
 from reconciler.api.calls import Asked, Call, Handler, Query
 from reconciler.api.problems import MEDIA_TYPE
 from reconciler.api.replies import EVENT_STREAM
+from reconciler.executor.requests import DrainStep
 from reconciler.fsm import events as e
 
 Schema = dict[str, object]
@@ -22,6 +23,7 @@ _REF = "#/components/schemas/{name}"
 _STREAMS: dict[str, tuple[type, ...]] = {
     "deploy": (e.Started, e.Scheduled, e.Pulling, e.Pulled, e.Starting, e.Healthy, e.Routed,
                e.Stopped, e.RollingBack, e.Warned, e.Done, e.Failed),
+    "drain": (DrainStep,),
     "EventRow": (types.EventRow,),
     "LogRow": (types.LogRow,),
 }
@@ -30,6 +32,9 @@ _STREAM_TEXT = {
               "`done` or `failed`, `data` one JSON object of these; those of `done` and `failed` "
               "carry no `phase`. Progress in bytes has no `id` and may be dropped. There is one "
               "terminal event.",
+    "drain": "Server-sent events without ids: `event` is `progress`, `done` or `failed`, the data "
+             "of the latter two have `success` in place of `phase`. Ask again where it breaks off: "
+             "the drain goes on.",
     "EventRow": "Server-sent events: `id` is the log index, `data` a row of the list.",
     "LogRow": "Server-sent events of one line each.",
 }
@@ -180,8 +185,9 @@ def _responses(call: Call) -> Schema:
 
 def _problems(call: Call) -> list[int]:
     found = {503}
+    found |= set(call.problems)
     if not call.open:
-        found |= {401, 403}
+        found |= {401, 403, 429}
     if "{" in call.path:
         found.add(404)
     if call.queries or call.headers:

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from reconciler.api.limits import TooManyRequests
 from reconciler.api.types import ManifestError, Problem
 from reconciler.errors import MillError, NotFound, Unavailable
 from reconciler.language.problems import InvalidManifest
@@ -63,7 +64,12 @@ class UnsupportedMediaType(MillError):
 
 
 class NoLeader(Unavailable):
-    """Nobody is known to lead, or who does cannot be reached: 503."""
+    """Nobody is known to lead, or who does cannot be reached: 503. Nothing was written, but where
+    it stopped answering."""
+
+    def __init__(self, what: str, *, at: str = "", hint: str = "", unwritten: bool = True) -> None:
+        super().__init__(what, at=at, hint=hint)
+        self.unwritten = unwritten
 
 
 def problem_of(error: MillError) -> Problem:
@@ -88,8 +94,12 @@ def problem_response(error: MillError) -> Response:
     match error:
         case Unauthorized():
             headers["www-authenticate"] = error.challenge
+        case TooManyRequests():
+            headers["retry-after"] = str(error.retry_after_s)
         case MethodNotAllowed():
             headers["allow"] = ", ".join(error.allow)
+        case _ if error.status == HTTPStatus.UNAUTHORIZED:
+            headers["www-authenticate"] = 'Bearer realm="mill"'  # RFC 9110, section 15.5.2
         case _ if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
             headers["retry-after"] = str(RETRY_AFTER_S)
         case _:

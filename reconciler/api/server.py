@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-from collections.abc import Generator, Iterable
+import ssl
+from collections.abc import Iterable
+from pathlib import Path
 
 import structlog
 import uvicorn
@@ -17,11 +18,24 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from reconciler.api import backup, deploys, events, health, logs, secrets, sources, state
-from reconciler.api.auth import bearer, check_role, find_token, unknown_token
+from reconciler.api import (
+    backup,
+    deploys,
+    events,
+    health,
+    logs,
+    nodes,
+    secrets,
+    sources,
+    state,
+    tokens,
+)
+from reconciler.api.again import until_taken
+from reconciler.api.auth import Known, bearer, check_role, check_time, unknown_token
 from reconciler.api.bodies import read_body
 from reconciler.api.calls import HEARTBEAT_S, Asked, AskLeader, Call, Site, parse_query
 from reconciler.api.forward import HOP, Forwarder
+from reconciler.api.listening import MAX_CONNECTIONS, Listening
 from reconciler.api.openapi import call_that_describes
 from reconciler.api.problems import (
     MethodNotAllowed,
@@ -31,6 +45,7 @@ from reconciler.api.problems import (
     problem_response,
 )
 from reconciler.api.services import Backend
+from reconciler.api.tls import show_instead
 from reconciler.errors import MillError
 from reconciler.fsm.records import Token
 
@@ -39,13 +54,14 @@ log = structlog.get_logger("mill.api")
 STOP_S = 5.0
 """How long answers that are being written get when the node stops; streams end at once."""
 KEEP_ALIVE_S = 30
-MAX_CONNECTIONS = 4_096
-"""Streams included; a node has a few thousand files to open."""
 MAX_HEADER_BYTES = 64 * 1024
+
+_WRONG_TOKEN = (401, 403)
+"""What a call answers that was asked without a known token, where it is the token's fault."""
 
 _DESCRIBED = (
     *health.CALLS, *deploys.CALLS, *state.CALLS, *events.CALLS, *logs.CALLS, *secrets.CALLS,
-    *sources.CALLS, *backup.CALLS,
+    *sources.CALLS, *nodes.CALLS, *tokens.CALLS, *backup.CALLS,
 )
 CALLS: tuple[Call, ...] = (*_DESCRIBED, call_that_describes(_DESCRIBED))
 """Every call there is. What is not here is 404."""
@@ -76,13 +92,39 @@ class Api:
             self.site, request, token, parse_query(call, request),
             await read_body(request, call.max_body_bytes),
         )
+        if call.serve == "lead":
+            return await until_taken(lambda: self._once(asked, call),
+                                     alone=HOP not in request.headers)
+        return await self._once(asked, call)
+
+    async def _once(self, asked: Asked, call: Call) -> Response:
+        token = asked.token
         leads = self.site.backend.ledger.is_leader
         if not leads and (call.serve == "lead" or (token is None and not call.open)):
-            return await self.forwarder.forward(call, request, asked.body)
+            return await self._forward(asked, call)
         try:
             return await call.handler(asked)
         except AskLeader:
-            return await self.forwarder.forward(call, request, asked.body)
+            return await self._forward(asked, call)
+        except MillError as error:
+            if token is None and error.status in _WRONG_TOKEN:
+                raise self._failed(asked.request) or error from None
+            raise
+
+    async def _forward(self, asked: Asked, call: Call) -> Response:
+        answer = await self.forwarder.forward(call, asked.request, asked.body)
+        if asked.token is None and answer.status_code in _WRONG_TOKEN:
+            refused = self._failed(asked.request)
+            if refused is not None:
+                raise refused
+        return answer
+
+    def _failed(self, request: Request) -> MillError | None:
+        """Another wrong token came from there; what to say instead where there were too many."""
+        host = _caller(request)
+        refused = self.site.failures.exhausted(host)
+        self.site.failures.count(host)
+        return refused
 
 
 class _Path:
@@ -115,6 +157,7 @@ class _Guard:
     def __init__(self, app: ASGIApp, site: Site) -> None:
         self._app = app
         self._site = site
+        self._known = Known(site.backend.cluster_key)
         self._open = {call.path for call in CALLS if call.open}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,12 +175,22 @@ class _Guard:
         if request.url.path in self._open:
             return None
         sent = bearer(request.headers)
-        ledger = self._site.backend.ledger
-        token = find_token(ledger.state.tokens.values(), sent)
+        backend = self._site.backend
+        ledger = backend.ledger
+        token = self._known.find(ledger.state.tokens.values(), sent)
         if token is None:
-            reachable = ledger.leader not in (None, self._site.backend.node)
+            host = _caller(request)
+            refused = self._site.failures.exhausted(host)
+            if refused is not None:
+                raise refused
+            reachable = ledger.leader not in (None, backend.node)
             if ledger.is_leader or not reachable or HOP in request.headers:
-                raise unknown_token(ledger.state)
+                error = unknown_token(ledger.state)
+                if error.status in _WRONG_TOKEN:
+                    self._site.failures.count(host)
+                raise error
+        else:
+            check_time(token, backend.clock.wall_ms())
         return token
 
 
@@ -146,15 +199,56 @@ class Server:
 
     def __init__(self, backend: Backend, heartbeat_s: float = HEARTBEAT_S) -> None:
         self.api = Api(backend, heartbeat_s)
-        self._uvicorn: _Uvicorn | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._running: dict[asyncio.Task[None], Listening] = {}
+        self._tls: ssl.SSLContext | None = None
 
     async def start(
-        self, *, sockets: list[socket.socket] | None = None, host: str = "127.0.0.1", port: int = 0
+        self, *, sockets: list[socket.socket] | None = None, host: str = "127.0.0.1",
+        port: int = 0, tls: ssl.SSLContext | None = None,
+        plain: list[socket.socket] | None = None,
     ) -> int:
-        """Serve on `sockets`, or on a new one; the first one's port. OSError where it is taken."""
+        """Serve on `sockets`, or on a new one; the first one's port. OSError where it is taken.
+
+        `tls` guards those; `plain` are more of them, without it: for loopback.
+        """
         listening = sockets or [_listen(host, port)]
-        for sock in listening:
+        self._tls = tls
+        try:
+            await self._serve(listening, tls)
+            if plain:
+                await self._serve(plain, None)
+        except BaseException:
+            await self.stop()
+            raise
+        bound: int = listening[0].getsockname()[1]
+        return bound
+
+    def take_certificate(self, cert: Path, key: Path) -> None:
+        """Show these PEM files to whoever connects from now on; nothing where there is no TLS.
+
+        Raises ssl.SSLError or OSError where they are no pair; what was shown is shown still.
+        """
+        if self._tls is not None:
+            show_instead(self._tls, cert, key)
+
+    async def wait(self) -> None:
+        """Until it has stopped, or one of its sockets has."""
+        assert self._running, "started first"
+        ended, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
+
+    async def stop(self) -> None:
+        """End streams, let answers finish for a moment, close everything."""
+        self.api.site.closing.set()
+        for server in self._running.values():
+            server.leave()
+        if self._running:
+            await asyncio.wait(self._running)
+        await self.api.forwarder.close()
+
+    async def _serve(self, sockets: list[socket.socket], tls: ssl.SSLContext | None) -> None:
+        for sock in sockets:
             # Accepted sockets inherit it. asyncio sets it itself only where the socket was made
             # with its protocol named; else each answer waits 40 ms for a delayed ACK.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -163,59 +257,20 @@ class Server:
             access_log=False, log_config=None, server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=round(STOP_S),
             limit_concurrency=MAX_CONNECTIONS, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            ssl_context_factory=(lambda _config, _default: tls) if tls is not None else None,
         )
-        self._uvicorn = _Uvicorn(config)
-        self._task = asyncio.create_task(self._uvicorn.serve(sockets=listening), name="api")
-        ready = asyncio.create_task(self._uvicorn.ready.wait())
-        await asyncio.wait({ready, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        server = Listening(config)
+        task = asyncio.create_task(server.serve(sockets=sockets), name="api")
+        self._running[task] = server
+        ready = asyncio.create_task(server.ready.wait())
+        await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()
-        if self._task.done():
-            self._task.result()
-        bound: int = listening[0].getsockname()[1]
-        return bound
-
-    async def wait(self) -> None:
-        """Until it has stopped."""
-        assert self._task is not None, "started first"
-        await self._task
-
-    async def stop(self) -> None:
-        """End streams, let answers finish for a moment, close everything."""
-        self.api.site.closing.set()
-        if self._uvicorn is not None and self._task is not None:
-            self._uvicorn.leave()
-            await asyncio.wait({self._task})
-        await self.api.forwarder.close()
+        if task.done():
+            task.result()
 
 
-class _Uvicorn(uvicorn.Server):
-    """uvicorn that leaves signals alone, says when it accepts connections, and stops when told."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.ready = asyncio.Event()
-        self._leaving = asyncio.Event()
-
-    def leave(self) -> None:
-        self.should_exit = True
-        self._leaving.set()
-
-    async def main_loop(self) -> None:
-        # A tick of ten refreshes the Date header; uvicorn's own loop wakes ten times as often.
-        ticks = 0
-        while not await self.on_tick(ticks):
-            ticks += 10
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await self._leaving.wait()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.ready.set()
+def _caller(request: Request) -> str:
+    return request.client.host if request.client is not None else ""
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -15,7 +15,7 @@ import msgspec
 from reconciler.clock import Clock
 from reconciler.executor.history import History
 from reconciler.executor.ledger import Ledger
-from reconciler.executor.requests import DeployRequest
+from reconciler.executor.requests import DeployRequest, DrainStep, JoinAnswer, JoinRequest
 from reconciler.fsm.events import Pulling
 from reconciler.fsm.records import Allocation, Source
 
@@ -111,10 +111,51 @@ class NodesView(Protocol):
         """Why its log is closed, naming the disk's folder; "" where it is open."""
         ...
 
+    def voter(self, node: str) -> bool:
+        """Whether it is a voter of the log."""
+        ...
+
+
+class Nodes(Protocol):
+    """Takes nodes out of service, back into it, and out of the cluster."""
+
+    def drain(self, name: str, timeout_ms: int) -> AsyncIterator[DrainStep]:
+        """Drain it, and tell how that goes until `done` or `failed`.
+
+        NotFound and Conflict are raised before the first step; DrainNode is in the log before it.
+        Who stops listening does not stop the drain.
+        """
+        ...
+
+    async def undrain(self, name: str) -> None:
+        """It takes allocations again; NotFound, or Conflict where it was not draining."""
+        ...
+
+    async def remove(self, name: str) -> None:
+        """Out of the log's members and of the state; Conflict names what holds it."""
+        ...
+
+
+class Joining(Protocol):
+    """Lets machines in."""
+
+    @property
+    def ca_pem(self) -> bytes:
+        """The cluster's CA certificate."""
+        ...
+
+    async def join(self, request: JoinRequest) -> JoinAnswer:
+        """UnknownJoinToken, JoinTokenOver; Conflict where the name is another's; Unprocessable
+        where the CSR or an address cannot be taken. On the leader alone."""
+        ...
+
 
 @dataclass(frozen=True)
 class Backend:
-    """Everything an API server is handed. `node` is this node's name."""
+    """Everything an API server is handed. `node` is this node's name.
+
+    ca: PEM with which other nodes' APIs are verified; None where all of them are on loopback.
+    """
 
     node: str
     ledger: Ledger
@@ -126,3 +167,6 @@ class Backend:
     cluster_key: bytes
     clock: Clock
     random_bytes: Callable[[int], bytes]
+    nodes: Nodes | None = None
+    joining: Joining | None = None
+    ca: bytes | None = None

@@ -148,6 +148,11 @@ def node_rows(state: State, backend: Backend) -> tuple[NodeRow, ...]:
     )
 
 
+def node_row(state: State, name: str, backend: Backend) -> NodeRow:
+    """One node, which is there."""
+    return _node_row(state.nodes[name], list(state.of_node(name)), backend)
+
+
 def log_warnings(state: State, backend: Backend) -> Iterable[str]:
     """Whose log is closed, and which disk has to be looked at. A node that has not been able to
     read its log knows of no nodes: then it speaks of itself."""
@@ -212,7 +217,7 @@ def _revision_row(state: State, revision: Revision) -> RevisionRow:
 
 def _node_row(node: Node, allocations: list[Allocation], backend: Backend) -> NodeRow:
     return NodeRow(
-        id=node.name, name=node.name, status=node.status, voter=node.voter,
+        id=node.name, name=node.name, status=node.status, voter=backend.health.voter(node.name),
         leader=backend.ledger.leader == node.name, address=node.api,
         cpu=CpuUse(node.cpu_milli / 1000, sum(a.cpu_milli for a in allocations) / 1000),
         memory=MemoryUse(node.memory_bytes, sum(a.memory_bytes for a in allocations)),

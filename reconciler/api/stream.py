@@ -30,8 +30,9 @@ class Message:
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """The `data:` of a deploy's stream as a reader sees it: the fields of all phases, those that
-    are not there with their defaults, those of newer versions passed over. Seconds, bytes.
+    """The `data:` of a deploy's or a drain's stream as a reader sees it: the fields of all phases,
+    those that are not there with their defaults, those of newer versions passed over. Seconds,
+    bytes.
     """
 
     phase: str = ""
@@ -51,6 +52,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str = ""
     changed: int | None = None
     logs: tuple[str, ...] = ()
+    left: int | None = None
 
 
 class DeployEvent(msgspec.Struct, frozen=True):

@@ -239,6 +239,59 @@ class NodeList(Answer, frozen=True, kw_only=True):
     warnings: tuple[str, ...] | UnsetType = UNSET
 
 
+class NodeAnswer(NodeRow, frozen=True, kw_only=True):
+    """One node."""
+
+    index: int
+    stale: bool | UnsetType = UNSET
+
+
+class TokenBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/tokens`: a role, or `join` with how many machines may use it (null: 1).
+
+    `services`: what a deploy token is bound to. `expires`: a duration such as `1h`; "" is never,
+    for join tokens an hour.
+    """
+
+    role: Literal["admin", "deploy", "read"] | None = None
+    services: tuple[str, ...] = ()
+    join: bool = False
+    uses: int | None = None
+    expires: str = ""
+
+
+class TokenMade(Answer, frozen=True, kw_only=True):
+    """The one answer with a token's text. `uses`: of join tokens alone."""
+
+    id: str
+    token: str
+    role: Literal["admin", "deploy", "read", "join"]
+    services: tuple[str, ...]
+    uses: int | UnsetType = UNSET
+    expires_at: str | None = None
+
+    def __repr__(self) -> str:
+        return f"TokenMade(id={self.id!r}, token=***)"
+
+
+class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A token that is good, or was until it expired. `uses` and `used`: of join tokens."""
+
+    id: str
+    role: Literal["admin", "deploy", "read", "join"]
+    services: tuple[str, ...]
+    created_at: str | None
+    uses: int
+    used: int
+    expires_at: str | None
+
+
+class TokenList(Answer, frozen=True, kw_only=True):
+    """`GET /v1/tokens`, oldest first."""
+
+    tokens: tuple[TokenRow, ...]
+
+
 class SourceBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/sources`. `poll` is a duration such as `10s`."""
 

@@ -14,16 +14,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reconciler.api.address import base_url
 from reconciler.cli.settings import Settings
 from reconciler.errors import MillError, NotFound, Unavailable
+
+_PEM = "-----BEGIN "
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where a cluster's nodes answer, and with what."""
+    """Where a cluster's nodes answer, with what they are asked, and by which CA they are known:
+    its PEM, or the path of a file that holds it; "" leaves that to the system."""
 
     addresses: tuple[str, ...]
     token: str
+    ca: str = ""
+
+    def ca_pem(self) -> bytes | None:
+        """The CA, read where it is a file; None where there is none."""
+        if not self.ca or self.ca.lstrip().startswith(_PEM):
+            return self.ca.encode() or None
+        try:
+            pem = Path(self.ca).expanduser().read_bytes()
+        except OSError as error:
+            raise MillError(f"the cluster's CA cannot be read: {error.strerror}", at=self.ca,
+                            hint="it is ca.pem in the data folder of each node") from error
+        return pem
 
     def __repr__(self) -> str:
         return f"Cluster(addresses={self.addresses!r}, token=***)"
@@ -46,17 +62,20 @@ def find(settings: Settings) -> Cluster:
     """The cluster that the options, the environment or the contexts name."""
     address = settings.address or ("" if settings.context else os.environ.get("MILL_ADDRESS", ""))
     token = settings.token or ("" if settings.context else os.environ.get("MILL_TOKEN", ""))
-    if address and token:
+    ca = os.environ.get("MILL_CA", "")
+    if address and token and not _guarded(_split(address)):
         return Cluster(_split(address), token)
     known = load()
     if settings.context:
         cluster = _named(known, settings.context)
-        return Cluster(_split(address) or cluster.addresses, token or cluster.token)
+        return Cluster(_split(address) or cluster.addresses, token or cluster.token,
+                       cluster.ca or ca)
     if address:
-        return Cluster(_split(address), _token_of(known, _split(address)))
+        kept = _at(known, _split(address)) or Cluster((), "")
+        return Cluster(_split(address), token or kept.token, kept.ca or ca)
     if known.current:
         cluster = _named(known, known.current)
-        return Cluster(cluster.addresses, token or cluster.token)
+        return Cluster(cluster.addresses, token or cluster.token, cluster.ca or ca)
     raise Unavailable("no cluster is named",
                       hint="start one with mill dev, or name one with --address and --token")
 
@@ -72,7 +91,8 @@ def load() -> Contexts:
                         hint="correct the file or remove it") from error
     try:
         return Contexts(str(written.get("current", "")), {
-            name: Cluster(tuple(map(str, entry["addresses"])), str(entry["token"]))
+            name: Cluster(tuple(map(str, entry["addresses"])), str(entry["token"]),
+                          str(entry.get("ca", "")))
             for name, entry in written.get("contexts", {}).items() if entry["addresses"]
         })
     except (KeyError, TypeError, AttributeError) as error:
@@ -118,7 +138,8 @@ def _toml(known: Contexts) -> str:
     for name, cluster in sorted(known.clusters.items()):
         addresses = ", ".join(map(_quoted, cluster.addresses))
         texts.append(f"[contexts.{_quoted(name)}]\naddresses = [{addresses}]\n"
-                     f"token = {_quoted(cluster.token)}\n")
+                     f"token = {_quoted(cluster.token)}\n"
+                     + (f"ca = {_quoted(cluster.ca)}\n" if cluster.ca else ""))
     return "\n".join(texts)
 
 
@@ -134,16 +155,17 @@ def _named(known: Contexts, name: str) -> Cluster:
     return known.clusters[name]
 
 
-def _token_of(known: Contexts, addresses: tuple[str, ...]) -> str:
-    """The token kept for an address; no other cluster's token is ever sent there."""
+def _at(known: Contexts, addresses: tuple[str, ...]) -> Cluster | None:
+    """The cluster kept for an address; no other one's token is ever sent there."""
     for _, cluster in sorted(known.clusters.items()):
-        if set(map(_plain, addresses)) & set(map(_plain, cluster.addresses)):
-            return cluster.token
-    return ""
+        if set(map(base_url, addresses)) & set(map(base_url, cluster.addresses)):
+            return cluster
+    return None
 
 
-def _plain(address: str) -> str:
-    return (address if "://" in address else f"http://{address}").rstrip("/")
+def _guarded(addresses: tuple[str, ...]) -> bool:
+    """Whether one of them is asked over TLS, so that its CA has to be known."""
+    return any(base_url(address).startswith("https:") for address in addresses)
 
 
 def _split(address: str) -> tuple[str, ...]:

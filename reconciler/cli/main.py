@@ -37,7 +37,17 @@ SECTIONS: dict[str, dict[str, tuple[str, str, str]]] = {
         "events": ("look", "events", "what happened"),
         "logs": ("logs", "logs", "what a service or an allocation wrote"),
     },
+    "Machines": {
+        "init": ("agent", "init", "found a cluster: this machine is its first node"),
+        "join": ("agent", "join", "make this machine a node of a cluster"),
+        "agent": ("agent", "agent", "run this machine's node"),
+        "leave": ("agent", "leave", "take this machine out of its cluster, without a trace"),
+    },
     "Cluster": {
+        "drain": ("nodes", "drain", "move everything off a node"),
+        "undrain": ("nodes", "undrain", "let a node take allocations again"),
+        "remove": ("nodes", "remove", "forget a node that has no allocations left"),
+        "token": ("tokens", "token", "who may ask, and which machines may join"),
         "git": ("sources", "git", "repositories that the cluster follows"),
         "secret": ("secrets", "secret", "secrets"),
         "backup": ("backup", "backup", "services, secrets and sources to one sealed file"),

@@ -23,7 +23,7 @@ def ask(settings: Settings, work: Callable[[Client], Awaitable[T]]) -> T:
     cluster = find(settings)
 
     async def inside() -> T:
-        async with Client(cluster.addresses, cluster.token) as client:
+        async with Client(cluster.addresses, cluster.token, cluster.ca_pem()) as client:
             return await work(client)
 
     return asyncio.run(inside())

@@ -11,12 +11,10 @@ from typing import assert_never
 import msgspec
 
 from reconciler.fsm import commands as c
-from reconciler.fsm.apply_allocations import schedule_alloc, set_alloc_status
+from reconciler.fsm.apply_allocations import retire_alloc, schedule_alloc, set_alloc_status
 from reconciler.fsm.apply_cluster import (
     delete_secret,
     init_cluster,
-    register_node,
-    set_node_status,
     set_secret,
     trim,
 )
@@ -34,8 +32,17 @@ from reconciler.fsm.apply_deploys import (
     store_spec,
     warn_deploy,
 )
+from reconciler.fsm.apply_nodes import (
+    drain_node,
+    join_node,
+    register_node,
+    remove_node,
+    set_node_status,
+    undrain_node,
+)
 from reconciler.fsm.apply_restore import restore_state
 from reconciler.fsm.apply_sources import observe_source, put_source, remove_source
+from reconciler.fsm.apply_tokens import create_token, revoke_token, set_authority
 from reconciler.fsm.codec import Entry
 from reconciler.fsm.state import State
 from reconciler.fsm.step import Refused
@@ -83,6 +90,8 @@ def _dispatch(state: State, command: c.AnyCommand) -> State | Refused:
             return finish_pulls(state, command)
         case c.SetAllocStatus():
             return set_alloc_status(state, command)
+        case c.RetireAlloc():
+            return retire_alloc(state, command)
         case c.PassService():
             return pass_service(state, command)
         case c.CommitDeploy():
@@ -107,5 +116,19 @@ def _dispatch(state: State, command: c.AnyCommand) -> State | Refused:
             return trim(state, command)
         case c.RestoreState():
             return restore_state(state, command)
+        case c.JoinNode():
+            return join_node(state, command)
+        case c.RemoveNode():
+            return remove_node(state, command)
+        case c.DrainNode():
+            return drain_node(state, command)
+        case c.UndrainNode():
+            return undrain_node(state, command)
+        case c.CreateToken():
+            return create_token(state, command)
+        case c.RevokeToken():
+            return revoke_token(state, command)
+        case c.SetAuthority():
+            return set_authority(state, command)
         case _:
             assert_never(command)

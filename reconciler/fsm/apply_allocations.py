@@ -53,9 +53,19 @@ def _holder(state: State, command: c.ScheduleAlloc) -> str:
     for alloc in state.of_service(command.service):
         if alloc.slot != command.slot or alloc.status == "stopping":
             continue
-        if (alloc.deploy == command.deploy and not alloc.live) if command.deploy else alloc.live:
+        if command.deploy:
+            holds = alloc.deploy == command.deploy and not alloc.live
+        else:
+            holds = alloc.live and not _makes_way(state, alloc, command)
+        if holds:
             return alloc.id
     return ""
+
+
+def _makes_way(state: State, alloc: Allocation, command: c.ScheduleAlloc) -> bool:
+    """It is the one to be replaced, since its node is draining."""
+    node = state.nodes.get(alloc.node)
+    return alloc.id == command.replaces and node is not None and node.draining
 
 
 def _free_host(state: State, node: Node) -> int | None:
@@ -111,6 +121,29 @@ def set_alloc_status(state: State, command: c.SetAllocStatus) -> State | Refused
     moved = _moved(state, alloc, command)
     state = replace(state, allocations=put(state.allocations, moved.id, moved))
     return _tell(state, moved, command)
+
+
+def retire_alloc(state: State, command: c.RetireAlloc) -> State | Refused:
+    """Of two that fill a slot, one goes: never the one that serves alone."""
+    alloc = state.allocations.get(command.alloc)
+    successor = state.allocations.get(command.successor)
+    if alloc is None or not alloc.live or alloc.status != command.was:
+        return Refused(f"{command.alloc} is {alloc.status if alloc else 'gone'}, "
+                       f"not {command.was} and live")
+    if successor is None or successor.id == alloc.id or not successor.live \
+            or (successor.service, successor.slot) != (alloc.service, alloc.slot) \
+            or successor.status in ENDED or successor.status == "stopping":
+        return Refused(f"{command.successor} does not fill the slot of {alloc.id}")
+    if alloc.status == "healthy" and successor.status != "healthy":
+        return Refused(f"{successor.id} is {successor.status}, and {alloc.id} serves")
+    deploy = state.running_deploy()
+    change = deploy.change(alloc.service) if deploy and not deploy.committed else None
+    if deploy and change and any(slot.keep == alloc.id for slot in change.slots):
+        return Refused(f"{deploy.id} keeps {alloc.id}")
+    retired = replace(alloc, status="stopping", live=False)
+    state = replace(state, allocations=put(state.allocations, retired.id, retired))
+    return emit(state, "", Note(kind="moved", subject=alloc.id, node=alloc.node,
+                                message=f"{successor.id} on {successor.node} takes its place"))
 
 
 def _moved(state: State, alloc: Allocation, command: c.SetAllocStatus) -> Allocation:

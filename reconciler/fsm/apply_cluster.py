@@ -1,14 +1,14 @@
-"""Commands on the cluster itself: nodes, secrets, and what is forgotten."""
+"""Commands on the cluster itself: its founding, secrets, and what is forgotten."""
 
 from __future__ import annotations
 
 from msgspec.structs import replace
 
 from reconciler.fsm import commands as c
-from reconciler.fsm.apply_allocations import end_alloc
 from reconciler.fsm.apply_deploys import collect_specs
+from reconciler.fsm.apply_tokens import expired_tokens
 from reconciler.fsm.events import Note
-from reconciler.fsm.records import ENDED, Node, Secret, SecretVersion, Token
+from reconciler.fsm.records import ENDED, Secret, SecretVersion, Token
 from reconciler.fsm.state import State
 from reconciler.fsm.step import Refused, emit, put, without
 
@@ -24,46 +24,6 @@ def init_cluster(state: State, command: c.InitCluster) -> State | Refused:
         return Refused(f"the cluster {state.cluster} exists already")
     token = Token(id=command.token_id, sha256=command.token_sha256, at_ms=state.time_ms)
     return replace(state, cluster=command.cluster, tokens=put(state.tokens, token.id, token))
-
-
-def register_node(state: State, command: c.RegisterNode) -> State | Refused:
-    """Add a node, or take its new addresses and capacity. Numbers are never shared."""
-    for node in state.nodes.values():
-        if node.number == command.number and node.name != command.name:
-            return Refused(f"number {command.number} belongs to {node.name}")
-    known = state.nodes.get(command.name)
-    if known is None:
-        node = Node(
-            name=command.name, number=command.number, api=command.api, agent=command.agent,
-            cpu_milli=command.cpu_milli, memory_bytes=command.memory_bytes,
-            voter=command.voter, since_ms=state.time_ms,
-        )
-        state = replace(state, nodes=put(state.nodes, node.name, node))
-        return emit(state, "", Note(kind="node_joined", subject=node.name, node=node.name))
-    node = replace(
-        known, number=command.number, api=command.api, agent=command.agent,
-        cpu_milli=command.cpu_milli, memory_bytes=command.memory_bytes, voter=command.voter,
-    )
-    return replace(state, nodes=put(state.nodes, node.name, node))
-
-
-def set_node_status(state: State, command: c.SetNodeStatus) -> State | Refused:
-    """A node that goes down loses its allocations in the same entry."""
-    node = state.nodes.get(command.name)
-    if node is None:
-        return Refused(f"no node {command.name}")
-    if node.status == command.status:
-        return Refused(f"{command.name} is {command.status} already")
-    node = replace(node, status=command.status, since_ms=state.time_ms)
-    state = replace(state, nodes=put(state.nodes, node.name, node))
-    if command.status == "down":
-        lost = dict(state.allocations)
-        for alloc in state.of_node(node.name):
-            lost[alloc.id] = end_alloc(alloc, "lost", state.time_ms, f"{node.name} is down")
-        state = replace(state, allocations=lost)
-    note = Note(kind=f"node_{command.status}", subject=node.name, message=command.reason,
-                node=node.name)
-    return emit(state, "", note)
 
 
 def set_secret(state: State, command: c.SetSecret) -> State | Refused:
@@ -126,7 +86,8 @@ def _pinned(state: State, name: str) -> set[int]:
 
 
 def trim(state: State, command: c.Trim) -> State | Refused:
-    """Forget what ended before `before_ms`: but the last 20 deploys and 10,000 events stay."""
+    """Forget what ended before `before_ms`, tokens too: but the last 20 deploys and 10,000 events
+    stay."""
     ended = [
         alloc.id for alloc in state.allocations.values()
         if alloc.status in ENDED and alloc.ended_ms < command.before_ms
@@ -147,6 +108,7 @@ def trim(state: State, command: c.Trim) -> State | Refused:
         deploys=without(state.deploys, *gone),
         deploy_events=without(state.deploy_events, *gone),
         events=tuple(chunks),
+        tokens=without(state.tokens, *expired_tokens(state, command.before_ms)),
     ))
 
 

@@ -20,9 +20,9 @@ RESTORED = "restored from a backup"
 class Contents(msgspec.Struct, frozen=True, kw_only=True):
     """Services with their kept revisions and specs, secrets, sources: as at `index`.
 
-    Not in it: nodes and allocations (machines differ), tokens (a new cluster has its own), deploys
-    and events (their ids are indexes of another log). Secrets are sealed with whichever key the
-    holder of this knows.
+    Not in it: nodes and allocations (machines differ), tokens and the authority (a new cluster has
+    its own), deploys and events (their ids are indexes of another log). Secrets are sealed with
+    whichever key the holder of this knows.
     """
 
     cluster: str

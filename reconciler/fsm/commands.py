@@ -16,8 +16,10 @@ from reconciler.fsm.records import (
     Failure,
     NodeStatus,
     Origin,
+    SealedAuthority,
     Source,
     SourceStatus,
+    Token,
 )
 
 
@@ -43,6 +45,7 @@ class RegisterNode(Command, frozen=True, tag=2, kw_only=True):
     cpu_milli: int
     memory_bytes: int
     voter: bool = True
+    log: str = ""
 
 
 class SetNodeStatus(Command, frozen=True, tag=3):
@@ -96,7 +99,8 @@ class ScheduleAlloc(Command, frozen=True, tag=9, kw_only=True):
     """One allocation is placed: for a deploy's slot, or (deploy "") to heal a live service.
 
     `revision` is the one that healing looked at: refused where a commit has come since, which may
-    have taken the slot away.
+    have taken the slot away. Without a deploy, `replaces` names an allocation that stays in the
+    same slot until a RetireAlloc: its node is draining.
     """
 
     alloc: str
@@ -222,10 +226,75 @@ class RestoreState(Command, frozen=True, tag=24):
     data: bytes
 
 
+class JoinNode(Command, frozen=True, tag=25, kw_only=True):
+    """A new node, by a join token: refused where that is none, spent, over or revoked, or where
+    the name is another key's. The same key again, for the same name, is the same join: nothing is
+    spent. The node gets the smallest free number, and is down until it is heard.
+
+    `token`: its id; that the secret is known was checked by who proposes this.
+    `key_sha256`: hex SHA-256 of its public key (DER, SubjectPublicKeyInfo).
+    """
+
+    token: str
+    key_sha256: str
+    name: str
+    api: str
+    agent: str
+    log: str
+    cpu_milli: int
+    memory_bytes: int
+
+
+class RemoveNode(Command, frozen=True, tag=26):
+    """The node is forgotten. Refused while it has allocations, or is the last."""
+
+    name: str
+
+
+class DrainNode(Command, frozen=True, tag=27):
+    """Nothing new is placed on the node, and what is there moves away."""
+
+    name: str
+
+
+class UndrainNode(Command, frozen=True, tag=28):
+    """The node takes allocations again."""
+
+    name: str
+
+
+class CreateToken(Command, frozen=True, tag=29):
+    """A token is good from now on. Refused where its id is taken."""
+
+    token: Token
+
+
+class RevokeToken(Command, frozen=True, tag=30):
+    """The token is good no more. Refused for the last admin token that does not expire."""
+
+    id: str
+
+
+class SetAuthority(Command, frozen=True, tag=31):
+    """The CA that signs what joins. Refused where there is one already."""
+
+    authority: SealedAuthority
+
+
+class RetireAlloc(Command, frozen=True, tag=32):
+    """One of two live allocations in a slot stops, as `successor` fills it. Refused unless that one
+    is healthy (or neither is), and where the running deploy keeps `alloc`; `was` as elsewhere."""
+
+    alloc: str
+    successor: str
+    was: AllocStatus
+
+
 AnyCommand = (
     InitCluster | RegisterNode | SetNodeStatus | SetSecret | DeleteSecret | StoreSpec
     | StartDeploy | BeginPulls | ScheduleAlloc | RecordPull | FinishPulls | SetAllocStatus
     | PassService | CommitDeploy | RouteDeploy | FinishDeploy | RollBackDeploy | EndRollback
     | WarnDeploy | PutSource | ObserveSource | RemoveSource | Trim
-    | RestoreState
+    | RestoreState | JoinNode | RemoveNode | DrainNode | UndrainNode | CreateToken | RevokeToken
+    | SetAuthority | RetireAlloc
 )

@@ -27,7 +27,12 @@ FINISHED: frozenset[str] = frozenset({"deployed", "rolled_back", "rollback_faile
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine with an agent. It owns the /24 `10.77.NUMBER.0/24`; addresses are host:port."""
+    """A machine with an agent. It owns the /24 `10.77.NUMBER.0/24`; addresses are host:port.
+
+    `log` is where its log listens ("" for one that never takes part in it). `draining` is what was
+    asked for and outlives its being down; `status` is what is. `key_sha256` is that of the public
+    key with which it joined ("" for a founding node), so that its name is never given to another.
+    """
 
     name: str
     number: int
@@ -39,6 +44,9 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     status: NodeStatus = "ready"
     since_ms: int = 0
     next_host: int = 2
+    log: str = ""
+    draining: bool = False
+    key_sha256: str = ""
 
 
 class SecretVersion(msgspec.Struct, frozen=True):
@@ -235,9 +243,25 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """An API token; only its SHA-256 is kept."""
+    """An API token, or (role `join`) one with which nodes join; only its SHA-256 is kept.
+
+    services: what a `deploy` token may touch; () for all. uses, joined: how many nodes a join token
+    is good for, and the SHA-256 of the public keys that used it. expires_ms: 0 for never.
+    """
 
     id: str
     sha256: str
-    role: Literal["admin", "deploy", "read"] = "admin"
+    role: Literal["admin", "deploy", "read", "join"] = "admin"
     at_ms: int = 0
+    services: tuple[str, ...] = ()
+    uses: int = 0
+    joined: tuple[str, ...] = ()
+    expires_ms: int = 0
+
+
+class SealedAuthority(msgspec.Struct, frozen=True):
+    """The cluster's CA: its certificate, and its key sealed with the cluster's key."""
+
+    cert_pem: bytes
+    nonce: bytes
+    sealed: bytes

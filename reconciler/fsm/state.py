@@ -17,6 +17,7 @@ from reconciler.fsm.records import (
     Deploy,
     Node,
     Revision,
+    SealedAuthority,
     Secret,
     Service,
     Source,
@@ -47,6 +48,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     deploy_events: dict[str, tuple[Event, ...]] = {}
     events: tuple[tuple[Event, ...], ...] = ()
     next_vip: int = 1
+    authority: SealedAuthority | None = None
 
     def running_deploy(self) -> Deploy | None:
         """The deploy that has no terminal event yet; at most one."""

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
+import socket
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import httpx
@@ -18,10 +22,22 @@ import msgspec
 from reconciler.api.server import Server
 from reconciler.api.services import Ask, Backend, LogLine
 from reconciler.api.stream import Decoder, Message
+from reconciler.api.tls import client_context, server_context
 from reconciler.api.types import Placement, Plan, ServicePlan
 from reconciler.clock import FakeClock
+from reconciler.edge.certificates import (
+    Authority,
+    CsrSigner,
+    Identity,
+    create_ca,
+    issue,
+    write_identity,
+)
 from reconciler.errors import Conflict, Unavailable, Unprocessable
+from reconciler.executor.authority import ClusterAuthority, found_authority
+from reconciler.executor.drains import Nodes
 from reconciler.executor.history import History
+from reconciler.executor.joining import Joining
 from reconciler.executor.ledger import Ledger, StateMachine
 from reconciler.executor.requests import DeployRequest
 from reconciler.fsm import commands as c
@@ -40,6 +56,7 @@ from reconciler.fsm.state import State
 from reconciler.language.problems import InvalidManifest, Problem
 from reconciler.language.spec import Health, ServiceSpec, canonical, spec_hash
 from reconciler.log.archive import NotHeld, Past
+from reconciler.log.settings import Member
 
 TOKENS = {"admin": "mill-admin-token", "deploy": "mill-deploy-token", "read": "mill-read-token"}
 KEY = bytes(range(32))
@@ -305,6 +322,7 @@ class Seen:
 
     edge: dict[str, str] = field(default_factory=dict)
     log: dict[str, str] = field(default_factory=dict)
+    learners: set[str] = field(default_factory=set)
 
     def last_seen(self, node: str) -> int | None:
         return 1_700_000_000_500
@@ -314,6 +332,9 @@ class Seen:
 
     def log_error(self, node: str) -> str:
         return self.log.get(node, "")
+
+    def voter(self, node: str) -> bool:
+        return node not in self.learners
 
 
 @dataclass
@@ -329,38 +350,81 @@ class Node:
     clock: FakeClock
     server: Server
     port: int = 0
+    plain_port: int = 0
+    tls: bool = False
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def state(self) -> State:
         return self.ledger.state
 
 
-class Cluster:
-    """Nodes on one log; `node-1` leads at first. The first holds the tokens' hashes in the log."""
+AUTHORITY = create_ca()
+"""Of all clusters here: making one costs more than a test of it."""
 
-    def __init__(self) -> None:
+
+class Cluster:
+    """Nodes on one log; `node-1` leads at first. The first holds the tokens' hashes in the log.
+
+    With `tls` each node guards its API, and says so in its address, since all are on loopback.
+    """
+
+    def __init__(self, tls: bool = False) -> None:
         self.log = SharedLog()
         self.clock = FakeClock()
         self.nodes: list[Node] = []
         self.clients: list[httpx.AsyncClient] = []
+        self.authority: Authority = AUTHORITY
+        self.folder = tempfile.TemporaryDirectory() if tls else None
+        self._drawn = itertools.count(1)
 
     async def start(self, count: int, heartbeat_s: float = 15.0) -> None:
         for number in range(1, count + 1):
             node = self._node(f"node-{number}", heartbeat_s)
             self.nodes.append(node)
-            node.port = await node.server.start()
+            if self.folder is None:
+                node.port = await node.server.start()
+            else:
+                await self._start_guarded(node)
         leader = self.nodes[0].ledger
         digest = hashlib.sha256(TOKENS["admin"].encode()).hexdigest()
         await leader.propose(c.InitCluster("mill-test", "t-admin", digest))
         for number, node in enumerate(self.nodes, 1):
             await leader.propose(c.RegisterNode(
-                name=node.name, number=number, api=f"127.0.0.1:{node.port}", agent="127.0.0.1:1",
+                name=node.name, number=number, agent=f"127.0.0.1:{number}", log="",
+                api=node.url if node.tls else f"127.0.0.1:{node.port}",
                 cpu_milli=4_000, memory_bytes=8_000_000_000,
             ))
+
+    def identity(self, node: Node, **fields: object) -> tuple[Path, Path, Identity]:
+        """A new certificate of a node: its files, and what is in them."""
+        assert self.folder is not None
+        identity = issue(self.authority, node.name, ("127.0.0.1",), **fields)  # type: ignore[arg-type]  # the test's own
+        folder = Path(self.folder.name) / f"{node.name}-{next(self._drawn)}"
+        folder.mkdir()
+        write_identity(folder, identity)
+        return folder / "cert.pem", folder / "key.pem", identity
+
+    async def _start_guarded(self, node: Node) -> None:
+        cert, key, _ = self.identity(node)
+        plain = socket.create_server(("127.0.0.1", 0))
+        node.plain_port, node.tls = plain.getsockname()[1], True
+        node.port = await node.server.start(tls=server_context(cert, key), plain=[plain])
+
+    async def found_authority(self) -> None:
+        """As the founding leader does: from then on machines can join."""
+        await found_authority(self.nodes[0].ledger, self.authority.cert_pem,
+                              self.authority.key_pem, KEY)
+
+    def random(self, count: int) -> bytes:
+        """Other bytes each time, and the same ones in each run."""
+        return hashlib.shake_256(str(next(self._drawn)).encode()).digest(count)
+
+    def _members(self) -> tuple[tuple[Member, bool], ...]:
+        return tuple((Member(node.name, "127.0.0.1", node.port), True) for node in self.nodes)
 
     def _node(self, name: str, heartbeat_s: float) -> Node:
         ledger = self.log.join(name, self.clock)
@@ -369,13 +433,16 @@ class Cluster:
         backend = Backend(
             node=name, ledger=ledger, history=History(NodeReplica(self.log, name)),
             deploys=deploys, logs=logs, sources=sources, health=health,
-            cluster_key=KEY, clock=self.clock, random_bytes=lambda count: b"\7" * count,
+            cluster_key=KEY, clock=self.clock, random_bytes=self.random, nodes=Nodes(ledger),
+            joining=Joining(ledger, ClusterAuthority(ledger, CsrSigner(), KEY), CsrSigner(),
+                            self._members, self.authority.cert_pem),
+            ca=self.authority.cert_pem,
         )
         return Node(name, ledger, deploys, logs, sources, health, self.clock,
                     Server(backend, heartbeat_s))
 
     def grant(self, role: Literal["deploy", "read"]) -> None:
-        """A token of a lesser role; no command makes one yet, so it is put into the states."""
+        """A token of a lesser role, put into the states at once."""
         digest = hashlib.sha256(TOKENS[role].encode()).hexdigest()
         token = Token(id=f"t-{role}", sha256=digest, role=role)
         for machine, _, _ in self.log.nodes.values():
@@ -386,7 +453,7 @@ class Cluster:
     def client(self, node: int = 0, token: str | None = "admin") -> httpx.AsyncClient:
         headers = {"authorization": f"Bearer {TOKENS.get(token, token)}"} if token else {}
         client = httpx.AsyncClient(base_url=self.nodes[node].url, headers=headers, timeout=WAIT_S,
-                                   verify=False)  # no TLS here, and loading the CAs takes 30 ms
+                                   verify=client_context(self.authority.cert_pem))
         self.clients.append(client)
         return client
 
@@ -394,6 +461,8 @@ class Cluster:
         for client in self.clients:
             await client.aclose()
         await asyncio.gather(*(node.server.stop() for node in self.nodes))
+        if self.folder is not None:
+            self.folder.cleanup()
 
 
 async def told(answer: httpx.Response, decoder: Decoder | None = None) -> AsyncIterator[Message]:

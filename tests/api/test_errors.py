@@ -81,7 +81,7 @@ async def test_role_of_a_token_bounds_what_it_may_do(
 
 NOT_BUILT = [
     "/", "/v1", "/v1/tasks", "/v1/tasks/x", "/v1/volumes", "/v1/hooks/x", "/v1/metrics",
-    "/v1/nodes/node-1/drain", "/v1/nodes/node-1", "/v1/tokens", "/v1/status/",
+    "/v1/nodes/node-1/x", "/v1/status/",
     "/v1/sources/x/suspend", "/v1/services?at=5",
 ]
 
@@ -99,7 +99,8 @@ async def test_what_is_not_built_is_not_found(
 
 async def test_wrong_method_is_told_which_there_are(api: httpx.AsyncClient) -> None:
     for path, allow in (("/v1/secrets/a", "DELETE, GET, PUT"), ("/v1/deploy", "POST"),
-                        ("/v1/sources", "GET, POST")):
+                        ("/v1/sources", "GET, POST"), ("/v1/nodes/node-1/drain", "POST"),
+                        ("/v1/nodes/node-1", "DELETE"), ("/v1/tokens", "GET, POST")):
         answer = await api.patch(path)
         assert (answer.status_code, answer.headers["allow"]) == (405, allow)
         assert answer.json()["title"] == "Method Not Allowed"
@@ -199,11 +200,11 @@ async def test_answers_never_wait_for_a_delayed_acknowledgement(cluster: Cluster
             _, writer = await asyncio.open_connection("127.0.0.1", at)
             writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             await writer.drain()
-            assert server._uvicorn is not None
+            (running,) = server._running.values()
             async with asyncio.timeout(WAIT_S):
-                while not server._uvicorn.server_state.connections:
+                while not running.server_state.connections:
                     await asyncio.sleep(0)
-            for connection in server._uvicorn.server_state.connections:
+            for connection in running.server_state.connections:
                 accepted = connection.transport.get_extra_info("socket")
                 assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             writer.close()

@@ -114,8 +114,7 @@ async def test_followed_logs_take_up_allocations_that_come_later(
             c.ScheduleAlloc(alloc="web-zzzzzz", service="web", node="node-1", slot=1))
         assert json.loads((await anext(stream)).data)["line"] == "later"
         assert node.logs.reading == {first, "web-zzzzzz"}
-    serving = node.server._uvicorn
-    assert serving is not None
+    (serving,) = node.server._running.values()
     async with asyncio.timeout(WAIT_S):
         while serving.server_state.tasks:
             await asyncio.wait(set(serving.server_state.tasks))

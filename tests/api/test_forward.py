@@ -172,8 +172,7 @@ async def test_closing_reader_of_a_forwarded_stream_frees_the_leaders_connection
     request = pair.client(1).stream("POST", "/v1/deploy", content="service web", headers=TEXT)
     async with asyncio.timeout(WAIT_S), request as answer:
         await anext(told(answer))
-        leader = pair.nodes[0].server._uvicorn
-        assert leader is not None
+        (leader,) = pair.nodes[0].server._running.values()
         assert leader.server_state.connections
     async with asyncio.timeout(WAIT_S):
         while leader.server_state.tasks:

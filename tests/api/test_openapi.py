@@ -63,7 +63,7 @@ async def test_real_answers_fit_their_schemas(cluster: Cluster, api: httpx.Async
     """Every field that is sent is described, and every required field is sent."""
     document = (await api.get("/v1/openapi.json")).json()
     for path in ("/v1/status", "/v1/services", "/v1/nodes", "/v1/deploys", "/v1/secrets",
-                 "/v1/sources", "/v1/events"):
+                 "/v1/sources", "/v1/events", "/v1/tokens"):
         success = document["paths"][path]["get"]["responses"]["200"]
         ref = success["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
         schema = document["components"]["schemas"][ref]

@@ -62,7 +62,7 @@ def offline(
     home, folder = tmp_path / "home", tmp_path / "here"
     home.mkdir()
     folder.mkdir()
-    for name in ("MILL_ADDRESS", "MILL_TOKEN"):
+    for name in ("MILL_ADDRESS", "MILL_TOKEN", "MILL_CA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(folder)

@@ -11,7 +11,10 @@ import pytest
 from reconciler.cli import contexts
 from reconciler.cli.contexts import Cluster
 from reconciler.cli.settings import Settings
+from reconciler.edge.certificates import create_ca
 from reconciler.errors import MillError, NotFound, Unavailable
+from tests.api.cluster import TOKENS
+from tests.api.cluster import Cluster as Cluster_
 from tests.cli.conftest import Mill
 
 ONE = Cluster(("http://127.0.0.1:4400", "http://127.0.0.1:4410"), "token-one")
@@ -83,3 +86,69 @@ def test_no_cluster_is_exit_code_3_with_what_to_do(offline: Mill) -> None:
     assert (result.code, result.out) == (3, "")
     assert result.err.splitlines()[0].startswith("error: no cluster")
     assert "hint: start one with mill dev" in result.err
+
+
+CA = create_ca().cert_pem.decode()
+
+
+def test_context_keeps_the_ca_of_its_cluster(offline: Mill) -> None:
+    kept = Cluster(("10.0.0.1:4400", "10.0.0.2:4400"), "token", ca=CA)
+    contexts.select("real", kept)
+    contexts.select("one", ONE)
+    assert contexts.load().clusters == {"real": kept, "one": ONE}
+    assert kept.ca_pem() == CA.encode()
+    assert ONE.ca_pem() is None
+    assert contexts.find(Settings(context="real")) == kept
+
+
+def test_address_finds_the_ca_that_is_kept_for_it(
+    offline: Mill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts.select("real", Cluster(("10.0.0.1:4400",), "kept", ca=CA))
+    monkeypatch.setenv("MILL_CA", "/elsewhere.pem")
+    for address in ("10.0.0.1:4400", "https://10.0.0.1:4400/"):
+        found = contexts.find(Settings(address=address, token="given"))
+        assert (found.token, found.ca) == ("given", CA)
+        assert contexts.find(Settings(address=address)).token == "kept"
+    other = contexts.find(Settings(address="10.0.0.9:4400", token="given"))
+    assert other == Cluster(("10.0.0.9:4400",), "given", "/elsewhere.pem")
+    plain = contexts.find(Settings(address="127.0.0.1:4400", token="given"))
+    assert plain == Cluster(("127.0.0.1:4400",), "given")
+
+
+def test_ca_may_be_a_file_and_one_that_is_not_there_is_named(offline: Mill) -> None:
+    file = offline.write("ca.pem", CA)
+    assert Cluster((), "", ca=str(file)).ca_pem() == CA.encode()
+    with pytest.raises(MillError) as caught:
+        Cluster((), "", ca="nosuch.pem").ca_pem()
+    assert caught.value.at == "nosuch.pem"
+
+
+async def test_cluster_with_tls_is_asked_by_context_address_and_environment(
+    offline: Mill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Cluster_(tls=True)
+    try:
+        await made.start(2)
+        urls, ca = [node.url for node in made.nodes], made.authority.cert_pem
+        reach = ("--address", urls[0], "--token", TOKENS["admin"])
+        refused = await offline.beside(*reach, "nodes")
+        assert (refused.code, refused.out) == (3, "")
+        assert "is not trusted" in refused.err
+        assert "hint: is it a node of this cluster? name the cluster's CA" in refused.err
+        monkeypatch.setenv("MILL_CA", str(offline.write("ca.pem", ca.decode())))
+        assert (await offline.beside(*reach, "nodes")).code == 0
+        monkeypatch.delenv("MILL_CA")
+        contexts.select("real", Cluster(tuple(urls), TOKENS["admin"], ca=ca.decode()))
+        assert (await offline.beside("nodes")).code == 0
+        assert (await offline.beside("--address", urls[1], "nodes")).code == 0
+        await made.nodes[1].server.stop()
+        contexts.select("real", Cluster(tuple(reversed(urls)), TOKENS["admin"], ca=ca.decode()))
+        assert (await offline.beside("nodes")).code == 0
+        offline.write("junk.pem", "-----BEGIN CERTIFICATE-----")
+        monkeypatch.setenv("MILL_CA", "junk.pem")
+        contexts.forget("real")
+        junk = await offline.beside(*reach, "nodes")
+        assert (junk.code, "no certificate in PEM" in junk.err) == (2, True)
+    finally:
+        await made.stop()

@@ -13,7 +13,18 @@ import pytest
 
 from reconciler.fsm import commands as c
 from reconciler.fsm.codec import decode_state, encode_state
-from reconciler.fsm.records import ENDED, Change, Failure, Origin, SecretPin, Slot
+from reconciler.fsm.events import Note
+from reconciler.fsm.records import (
+    ENDED,
+    Allocation,
+    Change,
+    Failure,
+    Origin,
+    SealedAuthority,
+    SecretPin,
+    Slot,
+    Token,
+)
 from reconciler.fsm.state import State
 from reconciler.language.spec import ServiceSpec, canonical, spec_hash
 from reconciler.plan.place import Demand, images, place, reserved, standing
@@ -24,6 +35,7 @@ STATUSES = ("pending", "pulling", "starting", "running", "healthy", "stopping", 
             "failed", "lost")
 ONWARD = {"pending": "starting", "pulling": "starting", "starting": "running",
           "running": "healthy", "healthy": "running", "stopping": "stopped"}
+MACHINES = ("m-a", "m-b", "m-c", "m-d")
 STEPS = 400
 
 
@@ -35,6 +47,7 @@ class Storm:
         self.machine = cluster()
         self.ended: dict[str, str] = {}
         self.ids = 0
+        self.authority: SealedAuthority | None = None
 
     @property
     def state(self) -> State:
@@ -44,6 +57,7 @@ class Storm:
         command = self.random.choice((
             *[self.drive] * 12, self.deploy, self.schedule, self.move, self.move,
             self.forward, self.back, self.node, self.heal, self.secret, self.nonsense,
+            self.member, self.token, self.away, self.away, self.away, self.retire, self.retire,
         ))()
         if command is None:
             return ""
@@ -159,6 +173,66 @@ class Storm:
         down = self.random.random() < 0.1
         return c.SetNodeStatus(name, "down" if down else "ready")
 
+    def member(self) -> c.AnyCommand | None:
+        """Machines come with four keys and names, drain, and leave; at most four at a time, so
+        that deploys find room."""
+        name = self.random.choice(MACHINES)
+        known = self.random.choice(sorted(self.state.nodes))
+        return self.random.choice((
+            c.JoinNode(
+                token=self.random.choice([*self.state.tokens, "t-none"]),
+                key_sha256=self.random.choice((name, name, *MACHINES))[-1] * 64, name=name,
+                api=f"{name}:4400", agent=f"{name}:4402", log=f"{name}:4401",
+                cpu_milli=4_000, memory_bytes=8_000_000_000),
+            c.DrainNode(known) if self.random.random() < 0.5 else c.UndrainNode(known),
+            c.UndrainNode(known),
+            c.RemoveNode(name if self.random.random() < 0.7 else known)
+            if len(self.state.nodes) > 2 else c.UndrainNode(known),
+        ))
+
+    def away(self) -> c.AnyCommand | None:
+        """What stands on a draining node is replaced elsewhere, where there is room."""
+        stranded = [a for a in self.state.allocations.values()
+                    if a.live and a.status not in ENDED and self.state.nodes[a.node].draining]
+        if not stranded:
+            return None
+        old = self.random.choice(sorted(stranded, key=lambda alloc: alloc.id))
+        demand = Demand(service=old.service, cpu_milli=old.cpu_milli,
+                        memory_bytes=old.memory_bytes, replicas=1, standing=())
+        slots = place([demand], self.state.nodes.values(), reserved(self.state),
+                      images(self.state)).slots.get(old.service, ())
+        if not slots:
+            return None
+        return c.ScheduleAlloc(alloc=self._id(old.service), service=old.service,
+                               node=slots[0].node, slot=old.slot, replaces=old.id)
+
+    def retire(self) -> c.AnyCommand | None:
+        """One of two in a slot, half of the time as the one that drains would: any other pair too,
+        which is never to be taken."""
+        allocs = [a for a in self.state.allocations.values() if a.live]
+        pairs = [(self.state.allocations[a.replaces], a) for a in allocs
+                 if a.replaces in self.state.allocations]
+        if self.random.random() < 0.2 and allocs:
+            pairs = [(self.random.choice(allocs), self.random.choice(allocs))]
+        if not pairs:
+            return None
+        goes, stays = self.random.choice(pairs)
+        return c.RetireAlloc(goes.id, stays.id, was=goes.status)
+
+    def token(self) -> c.AnyCommand | None:
+        self.ids += 1
+        some = self.random.choice([*self.state.tokens, "t-none"])
+        return self.random.choice((
+            c.CreateToken(Token(
+                id=f"t-{self.ids}", sha256=f"{self.ids:064x}", role="join",
+                uses=self.random.randrange(4),
+                expires_ms=self.machine.now_ms + self.random.randrange(60_000))),
+            c.CreateToken(Token(
+                id=f"t-{self.ids}", sha256=f"{self.random.randrange(9):064x}",
+                role=self.random.choice(("admin", "deploy", "read")))),
+            c.RevokeToken(some), c.SetAuthority(SealedAuthority(b"c", b"n", some.encode())),
+        ))
+
     def heal(self) -> c.AnyCommand | None:
         """As the heal loop does, at times on the state of a while ago."""
         name = self.random.choice(NAMES)
@@ -217,6 +291,11 @@ class Storm:
         addresses_differ(self.state)
         streams_end_once(self.state)
         what_is_needed_is_kept(self.state)
+        nodes_are_told_apart(self.state)
+        tokens_hold_what_they_promise(self.state)
+        if self.state.authority is not None:
+            assert self.authority in (None, self.state.authority)
+            self.authority = self.state.authority
         for alloc in self.state.allocations.values():
             assert self.ended.get(alloc.id, alloc.status) == alloc.status, "it was revived"
             if alloc.status in ENDED:
@@ -237,14 +316,17 @@ def room_is_never_exceeded(state: State) -> None:
 
 
 def live_ones_fill_committed_slots(state: State) -> None:
-    slots: Counter[tuple[str, int]] = Counter()
+    """One a slot, or two while the one is moving to where the other is."""
+    slots: dict[tuple[str, int], list[Allocation]] = defaultdict(list)
     for alloc in state.allocations.values():
         if alloc.live:
             spec = state.live_spec(alloc.service)
             assert spec is not None, alloc
             assert alloc.slot < spec.replicas, alloc
-            slots[alloc.service, alloc.slot] += 1
-    assert all(count == 1 for count in slots.values()), slots
+            slots[alloc.service, alloc.slot].append(alloc)
+    for allocs in slots.values():
+        assert len(allocs) == 1 or [a.replaces in {b.id for b in allocs} for a in allocs].count(
+            True) == len(allocs) - 1 == 1, allocs
 
 
 def addresses_differ(state: State) -> None:
@@ -279,6 +361,28 @@ def what_is_needed_is_kept(state: State) -> None:
                 assert any(v.version == pin.version for v in state.secrets[pin.name].versions)
 
 
+def nodes_are_told_apart(state: State) -> None:
+    """By number, key and address; each allocation that has not ended stands on one of them."""
+    nodes = list(state.nodes.values())
+    assert nodes, "the last node is never removed"
+    for values in ([n.number for n in nodes], [n.api for n in nodes], [n.agent for n in nodes],
+                   [n.key_sha256 for n in nodes if n.key_sha256]):
+        assert len(set(values)) == len(values), values
+    for node in nodes:
+        assert 1 <= node.number <= 253
+        assert node.status in (("draining", "down") if node.draining else ("ready", "down")), node
+    for alloc in state.allocations.values():
+        assert alloc.status in ENDED or state.nodes[alloc.node].status != "down", alloc
+
+
+def tokens_hold_what_they_promise(state: State) -> None:
+    tokens = list(state.tokens.values())
+    assert any(t.role == "admin" and not t.expires_ms for t in tokens)
+    assert len({t.sha256 for t in tokens}) == len(tokens)
+    for token in tokens:
+        assert len(token.joined) <= token.uses
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_nothing_that_must_never_be_is_reached_by_any_commands(seed: int) -> None:
     storm = Storm(seed)
@@ -303,6 +407,18 @@ def test_the_storm_reaches_every_outcome() -> None:
             storm.step()
         outcomes |= {d.outcome for d in storm.state.deploys.values()}
     assert {"deployed", "rolled_back", "cancelled"} <= outcomes
+
+
+def test_the_storm_lets_machines_in_and_out() -> None:
+    kinds: Counter[str] = Counter()
+    for seed in range(25):
+        storm = Storm(seed)
+        for _ in range(STEPS):
+            storm.step()
+        kinds.update(e.data.kind for e in storm.state.events_after(0) if isinstance(e.data, Note))
+    for kind in ("node_joined", "node_removed", "node_draining", "node_undrained",
+                 "token_created", "token_revoked", "moved"):
+        assert kinds[kind] >= 3, kinds
 
 
 def test_a_machine_is_a_pure_function_of_its_commands() -> None:

@@ -7,12 +7,12 @@ from msgspec.structs import replace
 from reconciler.fsm import codec
 from reconciler.fsm import commands as c
 from reconciler.fsm.backup import Contents, contents, decode_contents, digest, encode_contents
-from reconciler.fsm.records import SecretPin, Source
+from reconciler.fsm.records import SealedAuthority, SecretPin, Source, Token
 from reconciler.fsm.state import State
 from tests.fsm.machine import Machine, cluster, service
 
 
-def lived_in() -> State:
+def lived_in(*more: c.AnyCommand) -> State:
     """Two services of two revisions, a secret of two versions, a source that is synced."""
     machine = cluster()
     for _ in range(2):
@@ -22,6 +22,8 @@ def lived_in() -> State:
     assert not machine.do(c.PutSource(Source(name="repo", url="file:///repo", secret_ref="db")))
     assert not machine.do(c.ObserveSource(name="repo", status="synced", head="a" * 40,
                                           applied="a" * 40))
+    for command in more:
+        assert not machine.do(command)
     return machine.state
 
 
@@ -57,9 +59,15 @@ def test_what_is_restored_is_what_was_there_field_by_field() -> None:
 
 
 def test_what_belongs_to_the_new_cluster_stays() -> None:
-    before = lived_in()
+    before = lived_in(
+        c.SetAuthority(SealedAuthority(b"theirs", b"n" * 12, b"sealed")),
+        c.CreateToken(Token(id="t-theirs", sha256="9" * 64)), c.DrainNode("node-2"))
     empty = cluster(nodes=2).state
     after = restored(contents(before)).state
+    assert before.authority is not None
+    assert after.authority is None
+    assert "theirs" not in str(encode_contents(contents(before)))
+    assert not after.nodes["node-2"].draining
     assert after.tokens.keys() == empty.tokens.keys()
     assert after.nodes.keys() == {"node-1", "node-2"}
     assert after.cluster == empty.cluster
