@@ -22,20 +22,21 @@ import msgspec
 
 from reconciler.api.client import Client
 from reconciler.dev_founding import HOST, Founding, Options, prepare, tag_of
-from reconciler.edge.dns_feed import DnsProcess
-from reconciler.edge.envoy import EnvoyProcess
 from reconciler.errors import Conflict, MillError, NotFound, Unavailable
-from reconciler.executor.agent.logs import LogStore
-from reconciler.executor.containerd import containers, network
+from reconciler.executor.containerd import network
 from reconciler.executor.containerd.cgroups import remove_cgroup
-from reconciler.executor.containerd.client import Containerd
 from reconciler.executor.containerd.daemon import (
     purge_daemon,
-    running_daemon,
     start_daemon,
     stop_daemon,
 )
-from reconciler.node_config import NodeConfig, load
+from reconciler.node_config import load
+from reconciler.node_remains import (
+    end_companions,
+    end_containers,
+    end_processes,
+    processes_with,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 __all__ = ["Answer", "Dev", "Founding", "Options", "check_machine", "command"]
@@ -170,9 +171,9 @@ class Dev:
         config = str(self.data / name / "node.json")
         try:
             async with asyncio.timeout(STOP_S):
-                await _end(config, number)
+                await end_processes(config, number)
         except TimeoutError:
-            await _end(config, signal.SIGKILL)
+            await end_processes(config, signal.SIGKILL)
         child = self._children.get(name)
         if child is not None:
             await child.wait()
@@ -182,15 +183,15 @@ class Dev:
         self._known(name)
         await self._stop(name, signal.SIGKILL)
         config = load(self.data / name / "node.json")
-        await self._end_companions(config)
-        await self._end_containers(config)
+        await end_companions(config)
+        await end_containers(config, self.data / "containerd")
         await network.link_down(config.layout)
         self.say(f"{name} is off")
 
     async def start(self, name: str) -> None:
         """Switch a node on again."""
         self._known(name)
-        if name in self._children or _processes_with(str(self.data / name / "node.json")):
+        if name in self._children or processes_with(str(self.data / name / "node.json")):
             raise Conflict(f"{name} runs already", hint=f"end it with: mill dev kill {name}")
         await self._spawn(name)
         self.say(f"{name} is on")
@@ -204,35 +205,19 @@ class Dev:
     async def _down(self) -> None:
         await asyncio.gather(*(self._stop(name, signal.SIGTERM) for name in self.names))
         configs = [load(self.data / name / "node.json") for name in self.names]
-        await asyncio.gather(*(self._end_companions(config) for config in configs))
-        await asyncio.gather(*(self._end_containers(config) for config in configs))
-        await asyncio.to_thread(stop_daemon, self.data / "containerd")
+        await asyncio.gather(*(end_companions(config) for config in configs))
+        daemon = self.data / "containerd"
+        await asyncio.gather(*(end_containers(config, daemon) for config in configs))
+        await asyncio.to_thread(stop_daemon, daemon)
         remove_cgroup(f"/mill-{self.tag}")
         await network.sweep(self.tag)
         shutil.rmtree(self.run_folder, ignore_errors=True)
-
-    async def _end_companions(self, config: NodeConfig) -> None:
-        await EnvoyProcess(Path(config.run) / "envoy").stop()
-        await DnsProcess(Path(config.run) / "dns", ()).stop()
-        await LogStore(Path(config.data) / "logs").stop()
-
-    async def _end_containers(self, config: NodeConfig) -> None:
-        if running_daemon(self.data / "containerd") is None:
-            return
-        client = Containerd(Path(config.containerd), config.namespace,
-                            runc_root=Path(config.runc_root))
-        async with client:
-            await client.ensure_namespace()
-            states = await containers.list_all(client)
-            await asyncio.gather(*(containers.remove(client, state.id) for state in states))
-        for alloc in await network.list_containers(config.layout):
-            await network.remove_container(config.layout, alloc)
 
     async def _end_leftovers(self) -> None:
         """Node processes that outlived a `mill dev` that was killed. Their containers, Envoy and
         DNS stay: the new processes take them up."""
         for name in self.names:
-            await _end(str(self.data / name / "node.json"), signal.SIGKILL)
+            await end_processes(str(self.data / name / "node.json"), signal.SIGKILL)
 
     async def reset(self) -> None:
         """Forget the cluster: processes, containers, networks, state."""
@@ -244,8 +229,8 @@ class Dev:
             for number in range(1, 254):
                 config = self.data / f"node-{number}" / "node.json"
                 if config.exists():
-                    await _end(str(config), signal.SIGKILL)
-                    await self._end_companions(load(config))
+                    await end_processes(str(config), signal.SIGKILL)
+                    await end_companions(load(config))
             await asyncio.to_thread(purge_daemon, self.data / "containerd")
             remove_cgroup(f"/mill-{self.tag}")
             await network.sweep(self.tag)
@@ -322,27 +307,6 @@ def command(data: Path, verb: str, name: str) -> None:
         answer = msgspec.json.decode(sock.makefile("rb").readline(), type=Answer)
     if answer.what:
         raise (NotFound if answer.status == 404 else Conflict)(answer.what, hint=answer.hint)
-
-
-def _processes_with(config: str) -> list[int]:
-    """Node processes that were started with this configuration."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"reconciler.node" in words and config.encode() in words:
-                    found.append(int(entry.name))
-    return found
-
-
-async def _end(config: str, number: signal.Signals) -> None:
-    """Signal the node processes with this configuration, and wait until there are none."""
-    for pid in _processes_with(config):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-    while _processes_with(config):  # noqa: ASYNC110  no event tells of others' children
-        await asyncio.sleep(0.02)
 
 
 def _private(path: str, flags: int) -> int:

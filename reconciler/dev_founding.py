@@ -133,7 +133,8 @@ def _write_configs(options: Options, founding: Founding) -> None:
             containerd=str(paths.socket), runc_root=str(paths.runc_root),
             namespace=f"mill-{options.tag}-{peer.number}",
             host_netns=str(options.run_folder / "host.netns"), dns_port=base + 3,
-            http_port=base + 4, https_port=base + 5, dns_upstreams=options.dns_upstreams,
+            http_port=base + 4, https_port=base + 5, ingress_host=HOST,
+            authority=str(options.folder / "ca"), dns_upstreams=options.dns_upstreams,
         )
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(options.folder / peer.name / "node.json", msgspec.json.encode(config))

@@ -10,10 +10,12 @@ from __future__ import annotations
 class MillError(Exception):
     """What went wrong, where (`at`), and what to do about it (`hint`).
 
-    `status` is the HTTP status (RFC 9110) with which the API answers.
+    `status` is the HTTP status (RFC 9110) with which the API answers. `unwritten`: for want of a
+    leader surely nothing was written, so whoever leads may be asked the same.
     """
 
     status = 500
+    unwritten = False
 
     def __init__(self, what: str, *, at: str = "", hint: str = "") -> None:
         super().__init__(what)

@@ -7,26 +7,26 @@ process outlive it, and are found again by the next one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import secrets
 import signal
-import string
+import socket
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import structlog
 
+from reconciler.api.address import is_loopback
 from reconciler.api.server import Server
 from reconciler.api.services import Backend
+from reconciler.api.tls import server_context
 from reconciler.clock import RealClock
 from reconciler.edge.ads import AdsServer
-from reconciler.edge.certificates import load_identity
+from reconciler.edge.certificates import CsrSigner, Identity
 from reconciler.edge.dns_feed import DnsProcess, Listener
 from reconciler.edge.envoy import EnvoyProcess
 from reconciler.edge.follow import Edge
+from reconciler.edge.identity import NodeIdentity
 from reconciler.edge.listeners import Ingress
 from reconciler.edge.resources import ResourceBuilder
 from reconciler.errors import MillError
@@ -36,40 +36,35 @@ from reconciler.executor.agent.orders import Beat, Report
 from reconciler.executor.agent.runtime import NodeRuntime
 from reconciler.executor.agent.server import AgentServer
 from reconciler.executor.agent.supervise import Supervisor
-from reconciler.executor.confirm import confirm_from
+from reconciler.executor.authority import ClusterAuthority
 from reconciler.executor.containerd import network
 from reconciler.executor.containerd.client import Containerd
 from reconciler.executor.containerd.registry import resolve
+from reconciler.executor.drains import Nodes
 from reconciler.executor.front import Front
 from reconciler.executor.history import History
-from reconciler.executor.leader import Leader
-from reconciler.executor.ledger import CommandRefused, Ledger, StateMachine
-from reconciler.executor.links import Credentials, Links, LogReader
+from reconciler.executor.joining import Joining
+from reconciler.executor.ledger import Ledger, StateMachine
+from reconciler.executor.links import Credentials, LogReader
 from reconciler.executor.reading import Reader
-from reconciler.executor.requests import DeployRequest
-from reconciler.fsm import commands as c
-from reconciler.fsm.records import Origin, Secret, Source
+from reconciler.executor.renewal import Reload, Renewal
+from reconciler.fsm.records import Secret
 from reconciler.fsm.seal import unseal
-from reconciler.git.bring import Bring
-from reconciler.git.findings import Commit
 from reconciler.git.poll import Poller
-from reconciler.git.source import Sources
 from reconciler.log import rejoin
 from reconciler.log.replica import Replica
 from reconciler.log.settings import Member, Settings
 from reconciler.node_backend import Deploys, GitSources, Logs, NodesView
 from reconciler.node_config import NodeConfig, load
+from reconciler.node_following import follow_peers, until_removed
+from reconciler.node_leading import Leading
+from reconciler.node_members import LogMembers
 
 log = structlog.get_logger("mill.node")
 
 TIDY_S = 60.0
 SWITCH_S = 0.0005
-ID_CHARS = string.ascii_lowercase + string.digits
-
-
-def new_alloc_id(service: str) -> str:
-    """`NAME-xxxxxx`, six of a-z and 0-9 (contracts: Words)."""
-    return f"{service}-{''.join(secrets.choice(ID_CHARS) for _ in range(6))}"
+LOOPBACK = "127.0.0.1"
 
 
 class Node:
@@ -79,32 +74,33 @@ class Node:
         self.config = config
         self.data = Path(config.data)
         self.clock = RealClock()
-        self.identity = load_identity(self.data / "identity")
+        self.kept = NodeIdentity(config.name, self.data / "identity")
         self.cluster_key = (self.data / "cluster.key").read_bytes()
         self.machine = StateMachine()
         self.replica = Replica(self._log_settings(), self.machine)
         self.ledger = Ledger(self.replica, self.machine, self.clock)
-        self.credentials = Credentials(
-            self.identity.ca_pem, self.identity.cert_pem, self.identity.key_pem)
-        self.links: Links | None = None
-        self.sources: Sources | None = None
+        identity = self.kept.identity
+        self.credentials = Credentials(identity.ca_pem, identity.cert_pem, identity.key_pem)
+        self.authority = ClusterAuthority(self.ledger, CsrSigner(), self.cluster_key)
+        self.members = LogMembers(self.replica)
         self.reader = Reader()
         self.poller = Poller()
-        self.front = Front(self.ledger, self._admission(), lambda: self.links)
+        self.front = Front(self.ledger, self._admission(), lambda: self.leading.links)
+        self.leading = Leading(
+            config, self.replica, self.ledger, self.clock, lambda: self.credentials, self.front,
+            self.reader, self.poller, self._read_secret, self.cluster_key)
         self.layout = config.layout
         self.logs = LogStore(self.data / "logs")
         self.runtime: NodeRuntime | None = None
         self.edge: Edge | None = None
         self.agent: AgentServer | None = None
-        self._led = asyncio.Event()
-        self._term: int | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set."""
         self.replica.on_closed(self._on_log_closed)
         await self.replica.start()
         self.replica.on_applied(self.ledger.woken)
-        self.replica.on_leadership(self._on_leadership)
+        self.replica.on_leadership(self.leading.changed)
         await network.ensure_node(self.layout)
         await self.logs.ensure_running()
         config = self.config
@@ -120,16 +116,20 @@ class Node:
     async def _serve(self, runtime: NodeRuntime, stop: asyncio.Event) -> None:
         dns = DnsProcess(Path(self.config.run) / "dns", self._dns_listeners(),
                          self.config.dns_upstreams)
-        self.edge = self._make_edge(dns)
-        api = Server(self._backend())
+        identity = self.kept.identity
+        self.edge = self._make_edge(dns, identity)
+        api = Server(self._backend(identity.ca_pem))
+        renewal = Renewal(self.ledger, self.kept, self.credentials, self._reloads(api))
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(runtime.watch())]
                 supervisor = await self._start_agent(runtime, group)
                 tasks.append(group.create_task(self._keep_edge(self.edge)))
-                tasks.append(group.create_task(self._lead_when_elected()))
+                tasks.append(group.create_task(self.leading.run()))
                 tasks.append(group.create_task(self._tidy(runtime)))
-                await api.start(host=self.config.me.host, port=self.config.me.api_port)
+                tasks.append(group.create_task(renewal.run()))
+                tasks.append(group.create_task(follow_peers(self.ledger, self.layout)))
+                await self._open_api(api)
                 log.info("serving", node=self.config.name, api=self.config.me.api_port)
                 try:
                     await self._until_stopped(stop)
@@ -145,9 +145,13 @@ class Node:
 
     async def _until_stopped(self, stop: asyncio.Event) -> None:
         stopped = asyncio.ensure_future(stop.wait())
-        ends: list[asyncio.Future[object]] = [stopped, self.replica.fatal]  # type: ignore[list-item]  # futures are invariant
+        removed = asyncio.ensure_future(until_removed(self.ledger, self.config.name))
+        ends: list[asyncio.Future[object]] = [stopped, removed, self.replica.fatal]  # type: ignore[list-item]  # futures are invariant
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
+        if removed.done():
+            log.warning("removed", node=self.config.name, hint="clean this machine: mill leave")
+        removed.cancel()
         if self.replica.fatal.done() and not self.replica.fatal.cancelled():
             error = self.replica.fatal.exception()
             log.error("log_failed", reason=str(error))
@@ -156,9 +160,10 @@ class Node:
     # -- parts -----------------------------------------------------------------------------
 
     def _log_settings(self) -> Settings:
-        members = tuple(Member(p.name, p.host, p.log_port) for p in self.config.peers)
+        founders = tuple(Member(p.name, p.host, p.log_port) for p in self.config.peers)
         identity = self.data / "identity"
-        me = next(member for member in members if member.name == self.config.name)
+        me = next(member for member in founders if member.name == self.config.name)
+        members = tuple(Member(m.name, m.host, m.port) for m in self.config.members) or founders
         return Settings(
             folder=self.data / "log", me=me, members=members, ca_file=identity / "ca.pem",
             cert_file=identity / "cert.pem", key_file=identity / "key.pem",
@@ -176,18 +181,47 @@ class Node:
         return self._open(secret) if secret else None
 
     def _dns_listeners(self) -> tuple[Listener, ...]:
+        inside = Listener(self.layout.gateway, 53, self.layout.node_path)
+        if not self.config.dns_port:
+            return (inside,)
+        return (inside, Listener(self.config.me.host, self.config.dns_port))
+
+    async def _open_api(self, api: Server) -> None:
+        """TLS on an address that others reach, and plain HTTP on loopback."""
+        me = self.config.me
+        if is_loopback(me.host):
+            await api.start(host=me.host, port=me.api_port)
+            return
+        folder = self.data / "identity"
+        inside = socket.create_server((LOOPBACK, me.api_port), backlog=1024)
+        await api.start(host=me.host, port=me.api_port, plain=[inside],
+                        tls=server_context(folder / "cert.pem", folder / "key.pem"))
+
+    def _reloads(self, api: Server) -> tuple[Reload, ...]:
+        """Whoever shows this node's certificate, told of each new one."""
+        folder = self.data / "identity"
+
+        def edge(_ca: bytes, _certificate: bytes, _key: bytes) -> None:
+            if self.edge is not None:
+                self.edge.rotate(self.kept.identity)
+
+        def agent(ca: bytes, certificate: bytes, key: bytes) -> None:
+            if self.agent is not None:
+                self.agent.reload(ca, certificate, key)
+
         return (
-            Listener(self.layout.gateway, 53, self.layout.node_path),
-            Listener(self.config.me.host, self.config.dns_port),
+            self.credentials.renew, agent, edge,
+            lambda *_: self.replica.reload_identity(),
+            lambda *_: api.take_certificate(folder / "cert.pem", folder / "key.pem"),
         )
 
-    def _make_edge(self, dns: DnsProcess) -> Edge:
+    def _make_edge(self, dns: DnsProcess, identity: Identity) -> Edge:
         config = self.config
-        ingress = Ingress(config.me.host, config.http_port, config.https_port,
+        ingress = Ingress(config.ingress_host, config.http_port, config.https_port,
                           netns_path=config.host_netns)
         envoy = EnvoyProcess(Path(config.run) / "envoy", self.layout.node_path,
                              node=str(config.me.number))
-        return Edge(envoy, AdsServer(), ResourceBuilder(ingress, self.identity), dns,
+        return Edge(envoy, AdsServer(), ResourceBuilder(ingress, identity), dns,
                     self._edge_moved)
 
     def _edge_moved(self) -> None:
@@ -216,12 +250,13 @@ class Node:
             agent.tell(report)
 
         supervisor = Supervisor(runtime, self.data / "allocs", tell, time.monotonic)
-        agent = AgentServer(self.config.name, supervisor, runtime, runtime, self._beat,
-                            lambda: self.replica.term)
+        agent = AgentServer(
+            self.config.name, supervisor, runtime, runtime, self._beat, lambda: self.replica.term,
+            nodes=lambda: self.ledger.state.nodes, custody=self.authority)
         await supervisor.recover(group)
-        me = self.config.me
-        await agent.start(f"{me.host}:{me.agent_port}", self.identity.ca_pem,
-                          self.identity.cert_pem, self.identity.key_pem)
+        me, identity = self.config.me, self.kept.identity
+        await agent.start(f"{me.host}:{me.agent_port}", identity.ca_pem, identity.cert_pem,
+                          identity.key_pem, behind=Path(self.config.run) / "agent.sock")
         self.agent = agent
         return supervisor
 
@@ -234,95 +269,21 @@ class Node:
                     log.error("edge_failed", reason=str(error))
             await asyncio.sleep(1.0)
 
-    def _backend(self) -> Backend:
+    def _backend(self, ca_pem: bytes) -> Backend:
         return Backend(
             node=self.config.name, ledger=self.ledger, history=History(self.replica),
             deploys=Deploys(self.front),
             logs=Logs(LogReader(self.ledger, self.credentials)),
-            sources=GitSources(self.ledger, self.front, lambda: self.sources),
+            sources=GitSources(self.ledger, self.front, lambda: self.leading.sources),
             health=NodesView(
-                lambda: self.links, self.config.name, lambda: self.replica.closed),
+                lambda: self.leading.links, self.config.name, lambda: self.replica.closed,
+                self.members.votes),
+            nodes=Nodes(self.ledger, self.members.out),
+            joining=Joining(self.ledger, self.authority, CsrSigner(), self.members.told, ca_pem),
+            ca=None if is_loopback(self.config.me.host) else ca_pem,
             cluster_key=self.cluster_key,
             clock=self.clock, random_bytes=os.urandom,
         )
-
-    # -- leading ---------------------------------------------------------------------------
-
-    def _on_leadership(self, leading: bool, term: int) -> None:
-        self._term = term if leading else None
-        self._led.set()
-
-    async def _lead_when_elected(self) -> None:
-        current: asyncio.Task[None] | None = None
-        if self.replica.is_leader:
-            self._on_leadership(True, self.replica.term)
-        try:
-            while True:
-                await self._led.wait()
-                self._led.clear()
-                if current is not None:
-                    current.cancel()
-                    await asyncio.gather(current, return_exceptions=True)
-                    current, self.links, self.sources = None, None, None
-                if self._term is not None:
-                    current = asyncio.create_task(self._keep_leading(self._term))
-        finally:
-            if current is not None:
-                current.cancel()
-                await asyncio.gather(current, return_exceptions=True)
-
-    async def _keep_leading(self, term: int) -> None:
-        """A leader without its loops would be worse than none: what stumbles is begun again."""
-        while True:
-            try:
-                await self._lead(term)
-            except Exception:
-                log.exception("leading_failed", term=term)
-            await asyncio.sleep(1.0)
-
-    async def _lead(self, term: int) -> None:
-        self.links = Links(self.ledger, self.config.name, self.credentials, self.clock)
-        bring = Bring(self.ledger, self._start_commit, self._count_services)
-        self.sources = Sources(self.ledger, self.poller.look, bring, self._read_secret)
-        sources = self.sources
-
-        async def follow_sources(_term: int) -> None:
-            await sources.run()
-
-        leader = Leader(self.ledger, self.links, new_alloc_id,
-                        others=(self._found, follow_sources),
-                        confirm=confirm_from(self.layout.node_path))
-        await leader.run(term)
-
-    async def _start_commit(self, source: Source, commit: Commit) -> str:
-        """A commit as one deploy, with prune for the services of its source. Without a key: a
-        commit that is tried again is another deploy."""
-        return await self.front.start(DeployRequest(
-            files=commit.files, variables=dict(source.variables), prune=True, owner=source.name,
-            origin=Origin(kind="git", source=source.name, commit=commit.sha,
-                          author=commit.author, subject=commit.subject),
-        ))
-
-    async def _count_services(
-        self, files: Mapping[str, bytes], variables: Mapping[str, str]
-    ) -> int | None:
-        reading = await self.reader.read(files, variables)
-        return None if reading.problems else len(reading.manifest.services)
-
-    async def _found(self, _term: int) -> None:
-        """Put the cluster and its founding nodes in the log, where they are not there yet."""
-        state = self.ledger.state
-        if not state.cluster:
-            with contextlib.suppress(CommandRefused):
-                await self.ledger.propose(c.InitCluster(
-                    self.config.cluster, self.config.token_id, self.config.token_sha256))
-        for peer in self.config.peers:
-            if not peer.is_as(self.ledger.state.nodes.get(peer.name)):
-                await self.ledger.propose(c.RegisterNode(
-                    name=peer.name, number=peer.number, api=peer.api, agent=peer.agent,
-                    cpu_milli=peer.cpu_milli,
-                    memory_bytes=peer.memory_bytes))
-        await asyncio.Event().wait()
 
     # -- housekeeping ----------------------------------------------------------------------
 
@@ -352,7 +313,8 @@ async def serve(config: NodeConfig) -> None:
     await Node(config).run(stop)
 
 
-def _log_to(stream: object) -> None:
+def log_to(stream: object) -> None:
+    """Log to a text file, as `key=value` lines."""
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -364,30 +326,45 @@ def _log_to(stream: object) -> None:
     )
 
 
-def main(argv: list[str]) -> int:
-    """`CONFIG NAME [--rejoin]`: 0 after a stop that was asked for, 1 with the reason logged.
-
-    `--rejoin`: the log here is lost or damaged; move it aside and bring it back from the peers.
-    """
-    config = load(Path(argv[0]))
-    _log_to(sys.stderr)
-    # The raft thread must not wait 5 ms for the loop's thread to let go of the interpreter.
-    sys.setswitchinterval(SWITCH_S)
+def run_until_stopped(config: NodeConfig) -> int:
+    """Run a node to its end: 0 after a stop that was asked for, 1 with the reason logged."""
     try:
-        if "--rejoin" in argv[2:]:
-            moved = rejoin.begin(Path(config.data) / "log")
-            log.warning("log_moved_aside", node=config.name, to=", ".join(moved))
         asyncio.run(serve(config))
     except (MillError, OSError) as error:
-        log.error("node_failed", node=config.name, reason=str(error))
+        log_failure(config, error)
         return 1
     except BaseExceptionGroup as group:
         ours, others = group.split((MillError, OSError))
         if others is not None:
             raise
-        log.error("node_failed", node=config.name, reason=str(ours.exceptions[0] if ours else ""))
+        log_failure(config, ours.exceptions[0] if ours else group)
         return 1
     return 0
+
+
+def log_failure(config: NodeConfig, error: BaseException) -> None:
+    """Say why a node cannot run, and what to do about it."""
+    more = {"hint": error.hint} if isinstance(error, MillError) and error.hint else {}
+    log.error("node_failed", node=config.name, reason=str(error), **more)
+
+
+def main(argv: list[str]) -> int:
+    """`CONFIG NAME [--rejoin]`: a node of `mill dev`.
+
+    `--rejoin`: the log here is lost or damaged; move it aside and bring it back from the peers.
+    """
+    config = load(Path(argv[0]))
+    log_to(sys.stderr)
+    # The raft thread must not wait 5 ms for the loop's thread to let go of the interpreter.
+    sys.setswitchinterval(SWITCH_S)
+    if "--rejoin" in argv[2:]:
+        try:
+            moved = rejoin.begin(Path(config.data) / "log")
+        except (MillError, OSError) as error:
+            log_failure(config, error)
+            return 1
+        log.warning("log_moved_aside", node=config.name, to=", ".join(moved))
+    return run_until_stopped(config)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ class NodesView:
     links: Callable[[], Links | None]
     me: str
     closed: Callable[[], str]
+    votes: Callable[[str], bool]
 
     def last_seen(self, node: str) -> int | None:
         """The last heartbeat, in ms since the epoch."""
@@ -133,6 +134,10 @@ class NodesView:
         if link is None or not link.connected:
             return ""  # that the node is away is said elsewhere
         return link.edge_error or ("" if link.edge_index else "it serves nothing yet")
+
+    def voter(self, node: str) -> bool:
+        """Whether it is a voter of the log."""
+        return self.votes(node)
 
     def log_error(self, node: str) -> str:
         """Why its log is closed; of another node only the leader knows."""

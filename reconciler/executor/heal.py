@@ -23,7 +23,7 @@ from reconciler.fsm import commands as c
 from reconciler.fsm.records import ENDED, Allocation
 from reconciler.fsm.state import State
 from reconciler.language.spec import ServiceSpec
-from reconciler.plan.place import Demand, images, place, reserved, standing
+from reconciler.plan.place import Demand, Shortage, images, place, reserved, standing
 
 log = structlog.get_logger("mill.heal")
 
@@ -50,13 +50,22 @@ def free_node(
     state: State, service: str, cpu_milli: int, memory_bytes: int, digest: str, allowed: set[str]
 ) -> str | None:
     """Where one more replica goes, by the rules that every plan follows; None: nowhere."""
+    found = find_room(state, service, cpu_milli, memory_bytes, digest, allowed)
+    return found if isinstance(found, str) else None
+
+
+def find_room(
+    state: State, service: str, cpu_milli: int, memory_bytes: int, digest: str, allowed: set[str]
+) -> str | Shortage:
+    """The node where one more replica goes, or what is short. Only a ready node takes one."""
     nodes = {n.name: n for n in state.nodes.values() if n.name in allowed}
     there = standing(state.of_service(service), nodes)
     demand = Demand(service=service, cpu_milli=cpu_milli, memory_bytes=memory_bytes,
                     replicas=len(there) + 1, digest=digest, standing=there)
     placed = place([demand], nodes.values(), reserved(state), images(state))
-    slots = placed.slots.get(service, ())
-    return next((slot.node for slot in slots if not slot.keep), None)
+    if placed.shortages:
+        return placed.shortages[0]
+    return next(slot.node for slot in placed.slots[service] if not slot.keep)
 
 
 def backoff_s(alloc: Allocation, now_ms: int) -> float:
@@ -176,7 +185,10 @@ class Heal:
         ))
 
     async def _running(self, alloc: Allocation, link: Link, report: AllocReport) -> None:
-        if alloc.status == "starting":
+        if alloc.status == "pending":  # a leader ordered it, and died before it could say so
+            await self._move(alloc, "starting")
+            self.links.wake()
+        elif alloc.status == "starting":
             await self._move(alloc, "running")
         elif alloc.status == "running" and report.healthy:
             self._due.pop(alloc.id, None)

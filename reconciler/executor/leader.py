@@ -15,6 +15,7 @@ import structlog
 from reconciler.errors import MillError
 from reconciler.executor.confirm import Confirm, believe
 from reconciler.executor.deploy import Pipeline
+from reconciler.executor.drain import Drain, Transfer, stay
 from reconciler.executor.heal import Heal, another_node
 from reconciler.executor.ledger import Ledger
 from reconciler.executor.links import Links
@@ -34,13 +35,15 @@ Loop = Callable[[int], Awaitable[None]]
 
 @dataclass
 class Leader:
-    """The loops of a leader. `others` are further loops that lead here too, such as sources."""
+    """The loops of a leader. `others` are further loops that lead here too, such as sources;
+    `transfer` hands leadership over, where this node is to be drained."""
 
     ledger: Ledger
     links: Links
     new_id: Callable[[str], str]
     others: tuple[Loop, ...] = ()
     confirm: Confirm = believe
+    transfer: Transfer = stay
 
     async def run(self, term: int) -> None:
         """Lead in `term` until cancelled."""
@@ -50,6 +53,7 @@ class Leader:
             ("deploys", self._deploys),
             ("retire", lambda _: Retire(self.ledger, self.links).run()),
             ("heal", lambda _: Heal(self.ledger, self.links, self.new_id).run()),
+            ("drain", lambda _: Drain(self.ledger, self.links, self.new_id, self.transfer).run()),
             ("trim", self._trim),
             *((getattr(loop, "__qualname__", "other"), loop) for loop in self.others),
         ]

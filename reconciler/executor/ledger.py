@@ -7,7 +7,9 @@ loops, API and edges speak of neither.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 import structlog
@@ -58,6 +60,20 @@ class CommandRefused(MillError):
     def __init__(self, refusal: Refused) -> None:
         super().__init__(refusal.reason, hint=refusal.hint)
         self.refusal = refusal
+
+
+_noted: ContextVar[list[AnyCommand] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def noting() -> Iterator[list[AnyCommand]]:
+    """The commands that this task and those it starts have written, or may have."""
+    written: list[AnyCommand] = []
+    before = _noted.set(written)
+    try:
+        yield written
+    finally:
+        _noted.reset(before)
 
 
 class StateMachine:
@@ -145,9 +161,17 @@ class Ledger:
         Raises CommandRefused (nothing changed), NotLeader (it did not happen), OutcomeUnknown.
         """
         entry = encode_entry(Entry(self._clock.wall_ms(), command))
-        index, result = await self._replica.propose(entry, timeout_s)
+        noted = _noted.get()
+        try:
+            index, result = await self._replica.propose(entry, timeout_s)
+        except BaseException as error:
+            if noted is not None and not (isinstance(error, MillError) and error.unwritten):
+                noted.append(command)
+            raise
         if isinstance(result, Refused):
             raise CommandRefused(result)
+        if noted is not None:
+            noted.append(command)
         return index
 
     async def read(self) -> State:

@@ -45,13 +45,20 @@ QUEUE = 10_000
 """Orders that may wait for one agent: a whole cluster's allocations, more than any node has."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Credentials:
-    """PEM bytes with which this node speaks to agents."""
+    """PEM bytes with which this node speaks to agents. A channel keeps those it was made with;
+    `serial` counts their renewals, so that whoever keeps a channel can tell."""
 
     ca: bytes
     certificate: bytes
-    key: bytes
+    key: bytes = field(repr=False)
+    serial: int = 0
+
+    def renew(self, ca: bytes, certificate: bytes, key: bytes) -> None:
+        """For channels from now on."""
+        self.ca, self.certificate, self.key = ca, certificate, key
+        self.serial += 1
 
     def channel(self, address: str, node: str) -> grpc.aio.Channel:
         """A channel to `node`'s agent; its certificate must name that node."""
@@ -193,6 +200,9 @@ class Links:
         async with asyncio.TaskGroup() as group:
             tasks: dict[str, asyncio.Task[None]] = {}
             async for state in self._ledger.states():
+                for gone in tasks.keys() - state.nodes.keys():
+                    tasks.pop(gone).cancel()
+                    self._links.pop(gone, None)
                 for node in state.nodes.values():
                     link = self._links.get(node.name)
                     dialled = node.name in tasks
@@ -208,9 +218,14 @@ class Links:
                     tasks[node.name] = group.create_task(self._keep(link, term))
 
     async def _keep(self, link: Link, term: int) -> None:
-        channel = self._credentials.channel(link.address, link.node)
+        channel, serial = None, -1
         try:
             while True:
+                if channel is None or serial != self._credentials.serial:
+                    if channel is not None:
+                        await channel.close()
+                    serial = self._credentials.serial
+                    channel = self._credentials.channel(link.address, link.node)
                 try:
                     await self._session(channel, link, term)
                 except grpc.aio.AioRpcError as error:
@@ -232,7 +247,8 @@ class Links:
                     self.wake_watchers(None)
                 await asyncio.sleep(REDIAL_S)
         finally:
-            await channel.close()
+            if channel is not None:
+                await channel.close()
 
     async def _session(self, channel: grpc.aio.Channel, link: Link, term: int) -> None:
         call = channel.stream_stream(

@@ -15,6 +15,7 @@ from pysyncobj.transport import Transport
 from reconciler.log import pinned, wire
 from reconciler.log.journal import Journal
 from reconciler.log.records import Entry
+from reconciler.log.settings import Member
 
 if TYPE_CHECKING:
     from reconciler.log.hardening import Raft
@@ -50,8 +51,8 @@ class Listener(Protocol):
 class PeerTransport(Transport):  # type: ignore[misc]  # pysyncobj has no types
     """What every transport shares: between pysyncobj's dicts, our messages, and the wire.
 
-    Subclasses give `transmit`, `has_room`, `soon`; they call `receive`, and the two inherited
-    `_onNodeConnected` and `_onNodeDisconnected`.
+    Subclasses give `transmit`, `has_room`, `soon`, `follow`; they call `receive`, and the two
+    inherited `_onNodeConnected` and `_onNodeDisconnected`.
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,10 @@ class PeerTransport(Transport):  # type: ignore[misc]  # pysyncobj has no types
 
     def soon(self) -> None:
         """The next poll must not wait."""
+        raise NotImplementedError
+
+    def follow(self, members: dict[str, Member]) -> None:
+        """Reach these, by name, and let in nobody else; an address may be new."""
         raise NotImplementedError
 
     def send(self, node: Peer, message: dict[str, Any]) -> bool:
@@ -93,7 +98,10 @@ class PeerTransport(Transport):  # type: ignore[misc]  # pysyncobj has no types
 class Core(SyncObj):  # type: ignore[misc]  # pysyncobj has no types
     """pysyncobj's state, readable, and the few steps of it that other modules take."""
 
-    peers: list[Peer]
+    @property
+    def voters(self) -> list[Peer]:
+        """The other voters, in order."""
+        raise NotImplementedError
 
     @property
     def term(self) -> int:
@@ -162,8 +170,12 @@ class Core(SyncObj):  # type: ignore[misc]  # pysyncobj has no types
         return bool(self._SyncObj__transferInProgress)
 
     def is_majority(self, count: int) -> bool:
-        """Whether `count` members, this one included, are a majority."""
-        return 2 * count > len(self.peers) + 1
+        """Whether `count` voters, this one included, are a majority."""
+        return 2 * count > len(self.voters) + 1
+
+    def count_voters(self, others: list[Peer]) -> None:
+        """Let pysyncobj count these and this node: votes, commits, a leader's majority."""
+        self._SyncObj__otherNodes = set(others)
 
     def postpone_election(self, part: float = 1.0) -> None:
         """Draw a new election deadline, so much of a whole timeout away."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reconciler.log import pinned
-from reconciler.log.wire import PreVote, PreVoteReply
+from reconciler.log.wire import AskTerm, PreVote, PreVoteReply
 
 if TYPE_CHECKING:
     from reconciler.log.core import Peer
@@ -29,31 +29,41 @@ class Elections:
         self._yes: set[str] = set()
         self._heard_at = float("-inf")  # when a current leader last spoke to this node
 
+    @property
+    def may_stand(self) -> bool:
+        """Asked by pysyncobj when the deadline has passed, right before it holds an election."""
+        raft = self._raft
+        if raft.rejoin is not None or not raft.members.is_voter:
+            return False
+        if not raft.voters or raft.transfer_in_progress:
+            return True
+        return self._granted_term == raft.term + 1
+
     def heard_leader(self) -> None:
         """A message of the current term's leader arrived."""
         self._heard_at = pinned.now()
 
     def gate(self) -> None:
-        """Before each tick: hold an election that has no pre-vote behind it."""
+        """Before each tick: where no leader is heard, ask whether an election would be won."""
         raft = self._raft
-        if raft.rejoin is not None:
-            raft.postpone_election()
-            return
-        if raft.is_raft_leader or not raft.peers or raft.transfer_in_progress:
-            return
-        if pinned.now() <= raft.election_deadline:
-            return
-        if not raft.is_majority(1 + len(raft.connected_peers)):
-            raft.postpone_election(HASTE)
-            return
-        asked = raft.term + 1
-        if self._granted_term == asked:
+        if raft.is_raft_leader or self.may_stand or pinned.now() <= raft.election_deadline:
             return
         raft.postpone_election()
         self._granted_term, self._yes = 0, set()
+        # Whom this node does not know it does not let in: the new leader may be one of those.
+        for peer in sorted(raft.connected_peers, key=lambda each: str(each.id)):
+            raft.transport.transmit(peer, AskTerm(raft.term, 0))
+        if raft.members.is_voter and raft.rejoin is None:
+            self._ask()
+
+    def _ask(self) -> None:
+        raft = self._raft
+        if not raft.is_majority(1 + sum(peer in raft.connected_peers for peer in raft.voters)):
+            raft.postpone_election(HASTE)
+            return
         last = raft.journal.last
-        for peer in raft.peers:
-            raft.transport.transmit(peer, PreVote(asked, last.index, last.term))
+        for peer in raft.voters:
+            raft.transport.transmit(peer, PreVote(raft.term + 1, last.index, last.term))
 
     def on_pre_vote(self, peer: Peer, asked: PreVote) -> None:
         """Answer whether this node would vote for `peer`; changes nothing here."""
@@ -74,7 +84,7 @@ class Elections:
             if reply.current > raft.term:
                 raft.follow_term(reply.current)
             return
-        if reply.term != raft.term + 1 or peer.id not in {other.id for other in raft.peers}:
+        if reply.term != raft.term + 1 or peer not in raft.voters:
             return
         self._yes.add(peer.id)
         if raft.is_majority(1 + len(self._yes)):

@@ -15,13 +15,15 @@ from typing import Protocol, TypeVar
 
 from reconciler.errors import MillError
 from reconciler.log.archive import Archive, Past
+from reconciler.log.configuration import Change, Progress
 from reconciler.log.disk import Disk, OsDisk
 from reconciler.log.errors import LogFailed, NotLeader, OutcomeUnknown
+from reconciler.log.handover import HandedOver
 from reconciler.log.hardening import Parts, ProposalDone, Raft
 from reconciler.log.poller import EpollPoller
 from reconciler.log.reads import ReadDone
 from reconciler.log.reopening import reopen
-from reconciler.log.settings import Machine, Settings
+from reconciler.log.settings import Machine, Membership, Settings
 from reconciler.log.snapshot import Snapshots
 from reconciler.log.transport import TlsTransport
 
@@ -46,6 +48,7 @@ OpenDisk = Callable[[Path], HeldDisk]
 class Status:
     """What the raft thread last said of itself; replaced as a whole, so any thread may read."""
 
+    membership: Membership
     leading: bool = False
     leader: str | None = None
     term: int = 0
@@ -83,9 +86,9 @@ class Engine:
         self._ready: deque[News] = deque()
         self._leading = False
         self._fatal: BaseException | None = None
-        self._told = Status()
+        self._told = Status(Membership(settings.members))
         self._scheduled = False
-        self._stop, self._resign = False, False
+        self._stop = False
         self._ended = False
         with contextlib.ExitStack() as undo:
             self._disk = open_disk(settings.folder)
@@ -94,16 +97,16 @@ class Engine:
             undo.callback(self._journal.abandon)
             self._poller = EpollPoller()
             undo.callback(self._poller.close)
-            transport = TlsTransport(settings, self._poller)
+            self._transport = transport = TlsTransport(settings, self._poller)
             undo.callback(transport.destroy)
             self._archive = Archive(settings.folder, time.time)
             parts = Parts(
                 self._journal, Snapshots(self._disk), machine, transport, self._poller, self,
                 self._disk, self._archive,
             )
-            others = [each.name for each in settings.members if each != settings.me]
             self.raft = Raft(
-                settings.me.name, others, parts, settings.timing, settings.snapshot_bytes
+                settings.me.name, settings.members, parts, settings.timing,
+                settings.snapshot_bytes,
             )
             self.raft.addOnTickCallback(transport.tick)
             undo.pop_all()
@@ -128,10 +131,27 @@ class Engine:
         if self._ended:
             raise NotLeader
 
-    def resign(self) -> None:
-        """Ask the raft thread to hand leadership over."""
-        self._resign = True
+    def change(self, change: Change, done: ProposalDone) -> None:
+        """Queue a change of the members and wake the raft thread."""
+        self.raft.members.ask(change, done)
         self._poller.wake()
+        if self._ended:
+            raise NotLeader
+
+    def hand_over(self, to: str | None, done: HandedOver) -> None:
+        """Ask the raft thread to hand leadership over."""
+        self.raft.hand_over(to, done)
+        self._poller.wake()
+        if self._ended:
+            raise NotLeader
+
+    def progress(self) -> dict[str, Progress]:
+        """Of the other members, where this node leads."""
+        return self.raft.members.progress()
+
+    def reload_identity(self) -> None:
+        """Use the certificate and key that lie there now."""
+        self._transport.reload_identity()
 
     def stop(self) -> None:
         """Blocking: end the thread and close what it owned."""
@@ -151,7 +171,9 @@ class Engine:
     def status(self) -> Status:
         """A fresh view; raft thread only, or before it runs."""
         raft = self.raft
-        return Status(self._leading, raft.leader, raft.term, raft.applied_index)
+        return Status(
+            raft.members.latest, self._leading, raft.leader, raft.term, raft.applied_index
+        )
 
     def tell(self, future: asyncio.Future[_T], value: _T, error: MillError | None) -> None:
         """Settle `future` in the loop; for whoever gave up meanwhile nothing happens."""
@@ -208,9 +230,6 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._stop:
-                if self._resign:
-                    self._resign = False
-                    self.raft.resign()
                 self.raft.doTick(self._tick_s)
             self._journal.close()
         except BaseException as error:  # noqa: BLE001  # fail-stop: handed on, and logged

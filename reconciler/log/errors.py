@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from reconciler.errors import MillError, Unavailable, Unprocessable
+from reconciler.errors import Conflict, MillError, Unavailable, Unprocessable
 
 AGAIN = "the cluster elects a new leader within seconds; try again"
+SHORTLY = "try again in a moment; `mill nodes` says who is up and who follows"
 CHECK = "it may or may not have happened: look before you repeat it"
 FREE = "free the disk or replace it; the log opens again by itself within seconds"
 REBUILD = (
@@ -15,6 +16,8 @@ REBUILD = (
 
 class NotLeader(Unavailable):
     """This node does not lead; nothing was written. `leader` names who does, if known."""
+
+    unwritten = True
 
     def __init__(self, leader: str | None = None) -> None:
         super().__init__(
@@ -43,6 +46,27 @@ class LogBusy(Unavailable):
 
     def __init__(self, under_way: int) -> None:
         super().__init__(f"the log is busy with {under_way} requests", hint="try again in a moment")
+
+
+class ChangeUnderWay(Conflict):
+    """One change of the members at a time; nothing was written."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"the log's members cannot change now: {why}", hint=SHORTLY)
+
+
+class NotCaughtUp(Conflict):
+    """A learner lacks too much or is not heard, so its vote would hinder; nothing was written."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name} cannot vote yet: {why}", hint=SHORTLY)
+
+
+class NobodyTakesOver(Conflict):
+    """No voter could take the leadership in time; this node still leads."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"the leadership cannot be handed over: {why}", hint=SHORTLY)
 
 
 class LogFailed(Unavailable):

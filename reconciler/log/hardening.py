@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pysyncobj.config import SyncObjConf
+from pysyncobj.syncobj import _RAFT_STATE
 
 from reconciler.errors import MillError
 from reconciler.log import pinned, snapshot, wire
@@ -22,13 +23,15 @@ from reconciler.log.archive import Archive
 from reconciler.log.core import Core, CoreJournal, Listener, Peer, PeerTransport
 from reconciler.log.disk import Disk
 from reconciler.log.elections import HASTE, Elections
-from reconciler.log.errors import LogFailed, NotLeader, OutcomeUnknown
+from reconciler.log.errors import ChangeUnderWay, LogFailed, NotLeader, OutcomeUnknown
+from reconciler.log.handover import HandedOver, Handover
 from reconciler.log.journal import Journal, check_beside_snapshot
+from reconciler.log.members import Members
 from reconciler.log.reads import Reads
 from reconciler.log.records import COMMAND, NO_OP, Entry
 from reconciler.log.rejoin import Rejoin, is_rejoining
 from reconciler.log.replication import ProtocolBroken, Replication
-from reconciler.log.settings import Machine, Timing
+from reconciler.log.settings import Machine, Member, Timing
 from reconciler.log.snapshot import Snapshot, Snapshots
 
 APPLIED_PER_TICK = 2048  # so that a long replay does not silence the heartbeats
@@ -53,10 +56,12 @@ class Parts:
 
 
 class Raft(Core):
-    """One voter. Only `propose` and `reads.ask` may be called from another thread."""
+    """One node of the log. From another thread only `propose`, `hand_over`, `reads.ask`,
+    `members.ask` and `members.progress` may be called."""
 
     def __init__(
-        self, me: str, others: list[str], parts: Parts, timing: Timing, snapshot_bytes: int
+        self, me: str, founding: tuple[Member, ...], parts: Parts, timing: Timing,
+        snapshot_bytes: int,
     ) -> None:
         self.journal, self.snapshots = parts.journal, parts.snapshots
         self.machine, self.listener = parts.machine, parts.listener
@@ -64,14 +69,15 @@ class Raft(Core):
         self.transport = parts.transport
         self.elections, self.reads = Elections(self), Reads(self)
         self.replication = Replication(self)
+        self.members = Members(self, me, founding)
         self.rejoin: Rejoin | None = None
+        self.handover: Handover | None = None
+        self._handovers: deque[tuple[str | None, HandedOver]] = deque()
         self._inbox: deque[tuple[bytes, ProposalDone]] = deque()
         self._waiting: dict[int, tuple[int, ProposalDone]] = {}  # index -> term, whom to tell
-        self._voters: tuple[int, set[str]] = (0, set())
+        self._votes: tuple[int, set[str]] = (0, set())
         self._announced = False
-        self._resigning = False
         self._snapshot_bytes, self._compact_at = snapshot_bytes, snapshot_bytes
-        self.peers = sorted((Peer(name) for name in others), key=lambda peer: str(peer.id))
         self.transport.raft = self
         conf = SyncObjConf(
             autoTick=False, appendEntriesUseBatch=False, useFork=False, fullDumpFile=None,
@@ -81,12 +87,23 @@ class Raft(Core):
             connectionTimeout=timing.silence_s, connectionRetryTime=timing.redial_s,
             journalFile=CoreJournal(parts.journal), pollerType=parts.poller,
         )  # fmt: skip
-        super().__init__(Peer(me), self.peers, conf, nodeClass=Peer, transport=parts.transport)
+        super().__init__(Peer(me), [], conf, nodeClass=Peer, transport=parts.transport)
         if is_rejoining(parts.disk):
-            self.rejoin = Rejoin(self, parts.disk)
+            self.rejoin = Rejoin(self, parts.disk, [each.name for each in founding])
         self._load()
+        self.members.settle()
         self.journal.sync()
-        self.postpone_election(HASTE if self.peers else 0.0)
+        self.postpone_election(HASTE if self.voters else 0.0)
+
+    @property
+    def voters(self) -> list[Peer]:
+        """The other voters, in order."""
+        return self.members.voters
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything proposed here is not applied yet."""
+        return bool(self._waiting)
 
     # What the parts around move.
 
@@ -106,6 +123,10 @@ class Raft(Core):
         """Queue a command; `done(index, result, error)` is called in the raft thread."""
         self._inbox.append((command, done))
 
+    def hand_over(self, to: str | None, done: HandedOver) -> None:
+        """Give leadership to a voter, or to the best of them; then `done(error or None)`."""
+        self._handovers.append((to, done))
+
     # The raft thread.
 
     def doTick(self, timeToWait: float = 0.0) -> None:
@@ -119,24 +140,34 @@ class Raft(Core):
         self.reads.settle()
         if self.rejoin is not None and self.rejoin.tick():
             self.rejoin = None
-        if self._resigning:
-            self._hand_over()
+        self._start_handovers()
+        if self.handover is not None and self.handover.tick():
+            self.handover = None
+        self.members.tick()
         self.listener.flush()
 
-    def resign(self) -> None:
-        """Take no more proposals, and hand leadership to the follower that has everything."""
-        self._resigning = True
+    def append_own(self, entry: Entry, done: ProposalDone) -> None:
+        """A leader's entry, and whom to tell once it is committed and applied."""
+        self.journal.append(entry)
+        self.members.append([entry])
+        self._waiting[entry.index] = (self.term, done)
 
     def fail_waiting(self, why: str) -> None:
         """Answer everybody who still waits; for a node that stops."""
         self._drop_waiting(why)
-        while self._inbox:
-            self._inbox.popleft()[1](0, None, NotLeader(self.other_leader))
+        self._SyncObj__raftState = _RAFT_STATE.FOLLOWER
+        self._refuse_proposals()
+        self.members.start_asked()
+        self._start_handovers()
+        if self.handover is not None:
+            self.handover.fail(NotLeader(self.other_leader))
 
     def receive(self, peer: Peer, message: wire.Message) -> None:
         """Act on one message of a peer."""
         if self.rejoin is not None and not self.rejoin.hears(peer, message):
             return
+        if self.members.is_leaving(peer) and not isinstance(message, wire.Ack):
+            return  # removed, and not aware of it: it has no say any more
         match message:
             case wire.Append():
                 self.replication.on_append(peer, message)
@@ -159,11 +190,13 @@ class Raft(Core):
             case wire.Vote(term):
                 self._on_vote(peer, term)
             case wire.TimeoutNow(term):
-                self._onMessage(peer, {"type": "timeout_now", "term": term})
+                if self.members.is_voter:
+                    self._onMessage(peer, {"type": "timeout_now", "term": term})
             case wire.AskTerm(_, number):
-                self.transport.transmit(peer, wire.TermIs(self.term, number))
-            case wire.TermIs():
-                pass  # late: this node has rejoined
+                answer = wire.TermIs(self.term, number, self.members.latest)
+                self.transport.transmit(peer, answer)
+            case wire.TermIs(_, _, membership):
+                self.members.introduce(membership)
             case other:
                 raise ProtocolBroken(f"{type(other).__name__} is no message between nodes")
 
@@ -173,6 +206,8 @@ class Raft(Core):
         self.snapshots.store(data)
         self.machine.load(received.state)
         self.journal.reset(Entry(NO_OP, received.index, received.term))
+        self.members.begin(received.members, [])
+        self.members.settle()
         self._begin_at(received.index)
         self.listener.moved(received.index)
 
@@ -180,10 +215,11 @@ class Raft(Core):
         self._SyncObj__onMessageReceived(peer, message)
 
     def _on_vote(self, peer: Peer, term: int) -> None:
-        if self._voters[0] != term:
-            self._voters = (term, set())
-        if peer.id not in self._voters[1]:  # pysyncobj counts messages, not voters
-            self._voters[1].add(peer.id)
+        if self._votes[0] != term:
+            self._votes = (term, set())
+        # pysyncobj counts messages: neither voters, nor whether they are any.
+        if peer in self.voters and peer.id not in self._votes[1]:
+            self._votes[1].add(peer.id)
             self._onMessage(peer, {"type": "response_vote", "term": term})
 
     def _load(self) -> None:
@@ -191,6 +227,7 @@ class Raft(Core):
         stored, first = self.snapshots.load(), self.journal[0]
         if stored is None:
             check_beside_snapshot(self.journal, 1, self.snapshots.path)
+            self.members.append(self.journal.held())
             return
         check_beside_snapshot(self.journal, stored.index, self.snapshots.path)
         self.machine.load(stored.state)
@@ -198,6 +235,7 @@ class Raft(Core):
             # Killed between storing a leader's snapshot and resetting the journal.
             assert first.index <= stored.index
             self.journal.reset(Entry(NO_OP, stored.index, stored.term))
+        self.members.begin(stored.members, self.journal.held())
         self._begin_at(stored.index)
 
     def _keep_past(self) -> None:
@@ -212,18 +250,19 @@ class Raft(Core):
         self.advance_commit(index)
         self._compact_at = self.journal.size_bytes + self._snapshot_bytes
 
-    def _hand_over(self) -> None:
-        if not self.is_raft_leader or self._waiting:
-            return
-        ready = [
-            peer
-            for peer in self.peers
-            if peer in self.connected_peers
-            and self.match_index.get(peer, 0) == self.journal.last.index
-        ]
-        if ready:
-            self._resigning = False
-            self.transport.transmit(ready[0], wire.TimeoutNow(self.term))
+    def _start_handovers(self) -> None:
+        while self._handovers:
+            to, done = self._handovers.popleft()
+            try:
+                if self.handover is not None:
+                    raise ChangeUnderWay("the leadership is being handed over")
+                self.handover = Handover(self, to, done)
+            except MillError as error:
+                done(error)
+
+    def _refuse_proposals(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()[1](0, None, NotLeader(self.other_leader))
 
     def _drop_waiting(self, why: str) -> None:
         waiting, self._waiting = self._waiting, {}
@@ -243,8 +282,16 @@ class Raft(Core):
                 self._announced = False
                 self.listener.led(False, self.term)
 
+    def _SyncObj__connectedToAnyone(self) -> bool:
+        """Pysyncobj asks this right before it begins an election."""
+        return self.elections.may_stand
+
     def _SyncObj__onBecomeLeader(self) -> None:
+        self.match_index.clear()
+        for peer in self.members.followers:  # pysyncobj knows of the voters alone
+            self.replication.begin(peer)
         super()._SyncObj__onBecomeLeader()
+        self.last_response.update({peer: pinned.now() for peer in self.members.followers})
         self.journal.sync()
 
     def _SyncObj__sendAppendEntries(self) -> None:
@@ -275,7 +322,7 @@ class Raft(Core):
         match entry.command[:1]:
             case b"\0":
                 result = self.machine.apply(entry.index, entry.command[1:])
-            case b"\1":
+            case b"\1" | b"\2":  # a configuration: in effect since it was appended
                 result = None
             case kind:
                 raise LogFailed(
@@ -292,10 +339,12 @@ class Raft(Core):
     def _checkCommandsToApply(self) -> None:
         """Take what is queued: one message to each follower, then one sync beside theirs."""
         self.listener.flush()
-        if not self.is_raft_leader or self._resigning:
-            while self._inbox:
-                self._inbox.popleft()[1](0, None, NotLeader(self.other_leader))
+        self.members.start_asked()
+        if not self.is_raft_leader:
+            self._refuse_proposals()
             return
+        if self.handover is not None:
+            return  # they wait for its end
         taken = 0
         while self._inbox and taken < TAKEN_PER_TICK_BYTES:
             command, done = self._inbox.popleft()
@@ -303,7 +352,7 @@ class Raft(Core):
             self.journal.append(Entry(COMMAND + command, index, self.term))
             self._waiting[index] = (self.term, done)
             taken += len(command)
-        if self._inbox or (taken and not self.peers):
+        if self._inbox or (taken and not self.voters):
             self.transport.soon()
         if taken:
             self._SyncObj__sendAppendEntries()
@@ -315,12 +364,14 @@ class Raft(Core):
             return
         entry = journal.entry(self.applied_index)
         assert entry is not None, "the entry applied last is held"
-        state = Snapshot(entry.index, entry.term, self.machine.dump())
+        members = self.members.as_of(entry.index)
+        state = Snapshot(entry.index, entry.term, self.machine.dump(), members)
         self._keep_past()
         self.snapshots.store(snapshot.encode(state))
         self._snapshot_index = entry.index
         self.replication.forget_transfers()
         journal.compact(journal.start_of(entry.index, self._snapshot_bytes // KEPT_FOR_FOLLOWERS))
+        self.members.forget_before(entry.index)
         self._compact_at = journal.size_bytes + self._snapshot_bytes
 
     def _applyCommand(self, *_arguments: object) -> NoReturn:
@@ -333,4 +384,4 @@ class Raft(Core):
         raise AssertionError("snapshots are loaded by `_load` and `install`")
 
     def _SyncObj__parseChangeClusterRequest(self, *_arguments: object) -> NoReturn:
-        raise AssertionError("the members do not change yet")
+        raise AssertionError("the members change by `members`")

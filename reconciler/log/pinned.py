@@ -23,6 +23,7 @@ VERSION = "0.3.17"
 
 OVERRIDDEN = (
     "_SyncObj__applyLogEntries",
+    "_SyncObj__connectedToAnyone",
     "_SyncObj__doApplyCommand",
     "_SyncObj__loadDumpFile",
     "_SyncObj__onBecomeLeader",

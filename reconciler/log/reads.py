@@ -58,7 +58,7 @@ class Reads:
         index, number = raft.commit_index, raft.replication.next_number
         raft.send_heartbeat()
         self._waiting += [_Waiting(raft.term, index, number, done) for done in batch]
-        if not raft.peers:
+        if not raft.voters:
             self.settle()
 
     def settle(self) -> None:
@@ -73,5 +73,5 @@ class Reads:
                 self._waiting.append(read)
 
     def _confirmed(self, number: int) -> bool:
-        answered = sum(self._answered.get(peer.id, 0) >= number for peer in self._raft.peers)
+        answered = sum(self._answered.get(peer.id, 0) >= number for peer in self._raft.voters)
         return self._raft.is_majority(1 + answered)

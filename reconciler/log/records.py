@@ -25,7 +25,7 @@ from reconciler.log.errors import LogDamaged
 
 MAGIC = b"mill log 1\n"
 ENTRY, CUT, VOTE, BASE = 1, 2, 3, 4
-COMMAND, NO_OP = b"\0", b"\1"  # the first byte of an entry, as pysyncobj has it
+COMMAND, NO_OP, CONFIGURATION = b"\0", b"\1", b"\2"  # an entry's first byte, as pysyncobj has it
 MARK = 0x4CB5  # begins each record, so that a search for records behind damage is fast
 MAX_PAYLOAD_BYTES = 8 << 20  # above any entry; bounds what a damaged length can claim
 _HEAD = struct.Struct("<HBxIQQQ")  # mark, kind, payload length, batch, index, term

@@ -3,9 +3,12 @@
 An empty log must not vote: the node may have voted in a term that it no longer knows, and
 acknowledged entries that it no longer holds. So until it is as good as before it keeps out:
 
-1. It asks ALL other voters for their terms, and hears nothing else. Whoever it ever voted
+1. It asks ALL other members for their terms, and hears nothing else. Whoever it ever voted
    for, or acknowledged an entry to, was in that term by then and stored it; so the greatest
-   answer is no lower than any term in which it promised something. It takes up the next one,
+   answer is no lower than any term in which it promised something. Who they are it asks as
+   well: those of the newest configuration that anybody knows, and of those that they know
+   (one may lag behind). Learners too: one may be a voter without others' knowing it, and may
+   have stood for election. It takes up the next one,
    its vote in it spent. The leader so far steps down: it would count what was acknowledged
    and is lost, and would never send it again.
 2. It follows leaders of that term or a later one, but neither votes nor stands. What it
@@ -16,8 +19,9 @@ acknowledged entries that it no longer holds. So until it is as good as before i
    is as well (Raft, 5.4.2): it is a voter again.
 
 A file in the log's folder says so, from before its files are moved aside until step 3, so
-that a crash in between begins with step 1. While another voter is away, or lost its disk
-too, the node waits. One disk at a time: with a majority of them gone nobody holds the data.
+that a crash in between begins with step 1. While another member is away, or lost its disk
+too, the node waits (one that will not come back can be removed). One disk at a time: with
+a majority of them gone nobody holds the data.
 """
 
 from __future__ import annotations
@@ -94,15 +98,15 @@ def is_rejoining(disk: Disk) -> bool:
 class Rejoin:
     """Stands between a node that rejoins and what it hears; raft thread only."""
 
-    def __init__(self, raft: Raft, disk: Disk) -> None:
-        if not raft.peers:
+    def __init__(self, raft: Raft, disk: Disk, founding: list[str]) -> None:
+        if founding == [raft.members.me]:
             raise LogFailed(
                 "nobody else holds this log", at=disk.where(MARK),
                 hint="put the files that were moved aside back, and remove this one",
             )  # fmt: skip
         self._raft, self._disk = raft, disk
         self._number = int(pinned.now() * 1e6)  # answers to a former life are not counted
-        self._terms: dict[str, int] = {}
+        self._answers: dict[str, TermIs] = {}
         self._bound = False  # the greatest term is known, and the next one taken up
         self._asked_at = float("-inf")
         _log.warning("log_rejoins path=%s", disk.where(MARK))
@@ -110,9 +114,10 @@ class Rejoin:
     def hears(self, peer: Peer, message: Message) -> bool:
         """Whether the node may act on a message."""
         match message:
-            case TermIs(term, number):
+            case TermIs(_, number, membership):
+                self._raft.members.introduce(membership)
                 if number == self._number and not self._bound:
-                    self._terms[str(peer.id)] = term
+                    self._answers[str(peer.id)] = message
                     self._bind()
                 return False
             case Append() | Chunk() | HigherTerm() | AskTerm():
@@ -148,12 +153,21 @@ class Rejoin:
         if now - self._asked_at < ASK_S:
             return
         self._asked_at = now
-        for peer in raft.peers:
-            if peer.id not in self._terms and peer in raft.connected_peers:
-                raft.transport.transmit(peer, AskTerm(raft.term, self._number))
+        for peer in sorted(raft.connected_peers, key=lambda each: str(each.id)):
+            raft.transport.transmit(peer, AskTerm(raft.term, self._number))
 
     def _bind(self) -> None:
         raft = self._raft
-        if self._terms.keys() >= {str(peer.id) for peer in raft.peers}:
-            raft.spend_vote(max(raft.term, *self._terms.values()) + 1)
+        if self._answers.keys() >= self._whom():
+            raft.spend_vote(max(raft.term, *(each.term for each in self._answers.values())) + 1)
             self._bound = True
+
+    def _whom(self) -> set[str]:
+        """Everybody whose answer counts: in the newest configuration, or known to one who is."""
+        newest = max(
+            (each.membership for each in self._answers.values()), key=lambda each: each.index
+        )
+        members = {each.name for each in newest.everyone}
+        for name in members & self._answers.keys():
+            members |= {each.name for each in self._answers[name].membership.everyone}
+        return members - {self._raft.members.me}

@@ -11,37 +11,50 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from reconciler.errors import MillError, Unprocessable
 from reconciler.log.archive import NotHeld, Past
 from reconciler.log.closure import Closure, closes
+from reconciler.log.configuration import (
+    AddLearner,
+    Change,
+    Demote,
+    Progress,
+    Promote,
+    Remove,
+)
 from reconciler.log.disk import OsDisk
 from reconciler.log.engine import Engine, News, OpenDisk, Status
 from reconciler.log.errors import (
+    ChangeUnderWay,
     CommandTooLarge,
     DiskFailed,
     LogBusy,
     LogClosed,
     LogDamaged,
     LogFailed,
+    NobodyTakesOver,
     NoMajority,
+    NotCaughtUp,
     NotLeader,
     OutcomeUnknown,
 )
-from reconciler.log.settings import Machine, Member, Settings, Timing
+from reconciler.log.settings import Machine, Member, Membership, Settings, Timing
 from reconciler.log.wire import MAX_COMMAND_BYTES
 
 __all__ = [
-    "CommandTooLarge", "LogBusy", "LogClosed", "LogDamaged", "LogFailed", "Machine", "Member",
-    "NoMajority", "NotHeld", "NotLeader", "OutcomeUnknown", "Past", "Replica", "Settings", "Timing",
+    "AddLearner", "Change", "ChangeUnderWay", "CommandTooLarge", "Demote", "LogBusy", "LogClosed",
+    "LogDamaged", "LogFailed", "Machine", "Member", "Membership", "NoMajority", "NobodyTakesOver",
+    "NotCaughtUp", "NotHeld", "NotLeader", "OutcomeUnknown", "Past", "Progress", "Promote",
+    "Remove", "Replica", "Settings", "Timing",
 ]  # fmt: skip
 
 MAX_PROPOSALS = 4096  # under way at once; what is more would only wait
 MAX_PROPOSED_BYTES = 64 << 20  # of them together, so that memory is bounded
 MAX_READS = 16384  # under way at once
-HANDOVER_S = 2.0  # an election and its first commit; then this node stops all the same
+STOP_HANDOVER_S = 2.5  # a handover takes less; then this node stops all the same
 
 
 class Replica:
@@ -53,11 +66,12 @@ class Replica:
         self, settings: Settings, machine: Machine, open_disk: OpenDisk = OsDisk
     ) -> None:
         self._settings, self._machine, self._open_disk = settings, machine, open_disk
-        self._status = Status()
+        self._status = Status(Membership(settings.members))
         self._on_applied: list[Callable[[int], None]] = []
         self._on_leadership: list[Callable[[bool, int], None]] = []
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._on_closed: list[Callable[[str], None]] = []
+        self._on_membership: list[Callable[[Membership], None]] = []
         self._engine: Engine | None = None
         self._closure: Closure | None = None
         self._reopening: asyncio.Task[None] | None = None
@@ -93,9 +107,13 @@ class Replica:
         return "" if self._closure is None else self._closure.reason
 
     @property
-    def members(self) -> tuple[Member, ...]:
-        """All voters, this node among them."""
-        return self._settings.members
+    def membership(self) -> Membership:
+        """Who takes part, in effect at this node; perhaps not committed yet."""
+        return self._status.membership
+
+    def progress(self) -> Mapping[str, Progress]:
+        """What this leader knows of each other member, by name; empty where it does not lead."""
+        return {} if self._engine is None else self._engine.progress()
 
     def on_applied(self, callback: Callable[[int], None]) -> None:
         """Call `callback(applied_index)` in the loop after it moved; many steps are one call."""
@@ -108,6 +126,15 @@ class Replica:
     def on_closed(self, callback: Callable[[str], None]) -> None:
         """Call `callback(closed)` in the loop when it changed; "" once the log is open again."""
         self._on_closed.append(callback)
+
+    def on_membership(self, callback: Callable[[Membership], None]) -> None:
+        """Call `callback(membership)` in the loop after it changed; it may change back."""
+        self._on_membership.append(callback)
+
+    def reload_identity(self) -> None:
+        """Read the settings' certificate files again, for new connections; raises LogFailed."""
+        if self._engine is not None:
+            self._engine.reload_identity()
 
     async def start(self) -> None:
         """Open the folder and begin; raises LogDamaged (file and byte) or LogFailed.
@@ -128,11 +155,10 @@ class Replica:
         if self._stopping or (self._engine is None and self._closure is None):
             return
         self._stopping = True
-        if self._engine is not None and self.is_leader and len(self.members) > 1:
-            self._engine.resign()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HANDOVER_S):
-                    await self._leadership_lost()
+        if self._engine is not None and self.is_leader:
+            with contextlib.suppress(TimeoutError, MillError):
+                async with asyncio.timeout(STOP_HANDOVER_S):
+                    await self._hand_over(self._engine, None)
         if self._closure is not None:
             self._closure.end()
         if self._reopening is not None:
@@ -198,6 +224,55 @@ class Replica:
         finally:
             self._reads -= 1
 
+    async def change(self, change: Change, timeout_s: float = 10.0) -> int:
+        """Change who takes part, one change at a time: the index of the entry that does it.
+
+        It is committed on return; where it is so already, nothing is written. A leader that is
+        to be demoted or removed hands its leadership over first, and then raises NotLeader: the
+        new one is to be asked. Raises NotLeader, ChangeUnderWay, NotCaughtUp, NobodyTakesOver,
+        NotFound, Conflict, Unprocessable (nothing was written), or OutcomeUnknown.
+        """
+        engine = self._running()
+        if isinstance(change, Demote | Remove) and change.name == self._settings.me.name:
+            if self.is_leader:
+                await self.transfer()
+            raise NotLeader(self._other_leader)
+        future: asyncio.Future[int] = engine.loop.create_future()
+        future.add_done_callback(_looked_at)
+
+        def done(index: int, _result: object, error: MillError | None) -> None:
+            engine.tell(future, index, error)
+
+        try:
+            engine.change(change, done)
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError as error:
+            raise OutcomeUnknown(f"no commit within {timeout_s:g} s") from error
+
+    async def transfer(self, to: str | None = None) -> None:
+        """Hand leadership to voter `to`, or to the one that has the most, and go on following.
+
+        What is proposed here meanwhile waits, and then raises NotLeader: it was not written.
+        Raises NotLeader, ChangeUnderWay, or NobodyTakesOver: then this node leads on.
+        """
+        await self._hand_over(self._running(), to)
+
+    async def _hand_over(self, engine: Engine, to: str | None) -> None:
+        future: asyncio.Future[None] = engine.loop.create_future()
+        future.add_done_callback(_looked_at)
+
+        def done(error: MillError | None) -> None:
+            engine.tell(future, None, error)
+
+        if to == self._settings.me.name:
+            return
+        engine.hand_over(to, done)
+        await future
+
+    @property
+    def _other_leader(self) -> str | None:
+        return None if self.leader == self._settings.me.name else self.leader
+
     async def confirm_leader(self, timeout_s: float = 5.0) -> int:
         """The term in which this node is, right now, the one leader; raises like `read_index`."""
         await self.read_index(timeout_s)
@@ -248,7 +323,7 @@ class Replica:
 
     def _run(self, engine: Engine) -> None:
         self._engine, self._closure = engine, None
-        self._status = engine.status()
+        self._take_status(engine.status())
         engine.start()
 
     def _close(self, error: MillError, loop: asyncio.AbstractEventLoop) -> None:
@@ -278,21 +353,16 @@ class Replica:
         for on_closed in tuple(self._on_closed):
             on_closed(reason)
 
-    async def _leadership_lost(self) -> None:
-        lost = asyncio.Event()
-
-        def changed(leading: bool, _term: int) -> None:
-            if not leading:
-                lost.set()
-
-        self.on_leadership(changed)
-        if self.is_leader:
-            await lost.wait()
+    def _take_status(self, status: Status) -> None:
+        former, self._status = self._status, status
+        if status.membership != former.membership:
+            for on_membership in tuple(self._on_membership):
+                on_membership(status.membership)
 
     def _deliver(self, news: News) -> None:
         """In the loop: all that one or more ticks brought, in the order that callers rely on."""
         moved = news.status.applied_index != self._status.applied_index
-        self._status = news.status
+        self._take_status(news.status)
         for answer in news.answers:
             answer()
         for leading, term in news.leadership:

@@ -50,15 +50,29 @@ class Replication:
         self._reset_at: dict[str, int] = {}  # peer -> rejections up to this number are old news
         self._probed: dict[str, int] = {}  # peer -> where the last rejection sent us
         self._transfers: dict[str, _Transfer] = {}
+        self._since: dict[str, int] = {}  # peer -> what it answers below this is of a former life
         self._incoming = bytearray()
         self._incoming_from: tuple[str, int, int, int] | None = None  # peer, term, index, size
 
     # The leader's end.
 
+    def begin(self, peer: Peer) -> None:
+        """A member that is new to this leader: nothing is known of what it has.
+
+        It may bear the name of one that was removed, and whose answers are still on their way.
+        """
+        raft = self._raft
+        raft.next_index[peer] = raft.journal.last.index + 1
+        raft.match_index[peer] = 0
+        raft.last_response[peer] = pinned.now()
+        self._since[peer.id] = self.next_number
+        self._probed.pop(peer.id, None)
+        self._transfers.pop(peer.id, None)
+
     def broadcast(self) -> None:
         """A heartbeat to every follower, with what it lacks."""
         raft = self._raft
-        for peer in raft.peers:
+        for peer in raft.members.followers:
             if peer in raft.connected_peers:
                 self.send(peer)
             else:
@@ -68,7 +82,7 @@ class Replication:
         """Tell the followers at once what they may apply, and want no answer to it."""
         raft, last = self._raft, self._raft.journal.last
         notice = Append(raft.term, 0, raft.commit_index, last.index, last.term, [])
-        for peer in raft.peers:
+        for peer in raft.members.followers:
             if peer in raft.connected_peers:
                 if raft.next_index[peer] == last.index + 1:
                     raft.transport.transmit(peer, notice)
@@ -79,14 +93,16 @@ class Replication:
         """One message at least, more while there are entries and room in the buffer."""
         raft, journal = self._raft, self._raft.journal
         while raft.transport.has_room(peer):
-            last = journal.last.index
+            last = raft.members.last_for(peer)
             following = min(raft.next_index[peer], last + 1)
             if following <= journal.first:
                 self._send_snapshot(peer)
                 return
             before = journal.entry(following - 1)
             assert before is not None, "the entry before the next one is held"
-            entries = journal.batch(following, BATCH_BYTES)
+            entries = [
+                entry for entry in journal.batch(following, BATCH_BYTES) if entry.index <= last
+            ]
             message = Append(
                 raft.term, self._number(), raft.commit_index, before.index, before.term, entries
             )
@@ -98,6 +114,8 @@ class Replication:
         """A follower's answer counts only in the term in which it was asked for."""
         raft = self._raft
         if not raft.is_raft_leader or ack.term != raft.term or peer not in raft.next_index:
+            return
+        if ack.number < self._since.get(peer.id, 0):
             return
         raft.last_response[peer] = pinned.now()
         raft.reads.answered(peer.id, ack.number)
@@ -120,7 +138,7 @@ class Replication:
                 self.send(peer)
             # The same answer twice: leave it to the heartbeat, or two nodes would spin.
             return
-        behind = raft.next_index[peer] <= raft.journal.last.index
+        behind = raft.next_index[peer] <= raft.members.last_for(peer)
         if behind or peer.id in self._transfers:
             self.send(peer)
 
@@ -223,6 +241,7 @@ class Replication:
 
     def _take(self, entries: list[Entry]) -> None:
         raft, journal = self._raft, self._raft.journal
+        taken: list[Entry] = []
         for entry in entries:
             if entry.index < journal.first or journal.holds(entry.index, entry.term):
                 continue
@@ -230,7 +249,11 @@ class Replication:
                 if entry.index <= raft.commit_index or entry.index <= raft.applied_index:
                     raise LogFailed(f"entry {entry.index} is committed, and another came for it")
                 journal.cut(entry.index)
+                raft.members.cut(entry.index)
             journal.append(entry)
+            taken.append(entry)
+        raft.members.append(taken)
+        raft.members.settle()
 
     def _hint(self, index: int) -> int:
         """From where the leader should try next: past the end, or the start of a bad term."""

@@ -35,11 +35,36 @@ class Machine(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """One voter: its name (also in its certificate), and where its log listens."""
+    """One node of the log: its name (also in its certificate), and where its log listens."""
 
     name: str
     host: str
     port: int
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Who takes part in the log. Voters elect and acknowledge; learners only follow.
+
+    `index` is that of the entry that says so; 0 for what the founding settings say.
+    """
+
+    voters: tuple[Member, ...]
+    learners: tuple[Member, ...] = ()
+    index: int = 0
+
+    @property
+    def everyone(self) -> tuple[Member, ...]:
+        """Voters, then learners."""
+        return (*self.voters, *self.learners)
+
+    def get(self, name: str) -> Member | None:
+        """The member of that name."""
+        return next((each for each in self.everyone if each.name == name), None)
+
+    def votes(self, name: str) -> bool:
+        """Whether it is a voter."""
+        return any(each.name == name for each in self.voters)
 
 
 @dataclass(frozen=True)
@@ -60,7 +85,9 @@ class Timing:
 class Settings:
     """One node of the log.
 
-    `members` includes `me`. The three files are PEM: the cluster's CA, this node's
+    `members` are the founding voters, or for a node that joins the voters whom it found; what
+    the log itself says takes their place. Without `me` among them this node votes for nobody
+    and leads nobody until the log names it. The three files are PEM: the cluster's CA, this node's
     certificate (its name as a DNS subject alternative name), its key.
     """
 
@@ -75,5 +102,5 @@ class Settings:
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.members]
-        assert self.me in self.members, "a node is one of its cluster's members"
+        assert self.members, "somebody founded the log"
         assert len(set(names)) == len(names), "members have different names"

@@ -41,18 +41,43 @@ class TlsTransport(PeerTransport):
 
     def __init__(self, settings: Settings, poller: EpollPoller) -> None:
         super().__init__()
+        self._settings = settings
         self._me, self._timing = settings.me, settings.timing
-        self._members = {m.name: m for m in settings.members if m != settings.me}
-        self._peers = {name: Peer(name) for name in sorted(self._members)}
+        self._members: dict[str, Member] = {}
         self.poller = poller
-        self.server_tls = _context(ssl.PROTOCOL_TLS_SERVER, settings)
-        self.client_tls = _context(ssl.PROTOCOL_TLS_CLIENT, settings)
+        self.reload_identity()
         self._listener: socket.socket | None = None
         self._strangers: deque[Connection] = deque()
         self._connected: dict[Peer, Connection] = {}
         self._dialled: dict[str, Connection] = {}
         self._dialled_at: dict[str, float] = {}
         self._unread: set[Connection] = set()  # stopped at RECEIVES_PER_EVENT
+
+    def reload_identity(self) -> None:
+        """Read the CA, certificate and key again, for connections from now on; from any thread.
+
+        Raises LogFailed where they cannot be read; then the former ones stay.
+        """
+        settings = self._settings
+        try:
+            server = _context(ssl.PROTOCOL_TLS_SERVER, settings)
+            client = _context(ssl.PROTOCOL_TLS_CLIENT, settings)
+        except OSError as error:  # ssl.SSLError is one
+            raise LogFailed(
+                f"the node's certificate cannot be used: {error}", at=str(settings.cert_file)
+            ) from error
+        self.server_tls, self.client_tls = server, client
+
+    def follow(self, members: dict[str, Member]) -> None:
+        """Reach these, by name, and let in nobody else; an address may be new."""
+        former, self._members = self._members, members
+        for name, member in former.items():
+            if members.get(name) != member:
+                self._dialled_at.pop(name, None)
+                if name in self._dialled:
+                    self._dialled[name].close("no member, or at another address")
+        for peer in [peer for peer in self._connected if peer.id not in members]:
+            self._connected[peer].close("no member any more")
 
     @property
     def ready(self) -> bool:
@@ -117,12 +142,12 @@ class TlsTransport(PeerTransport):
 
     def established(self, connection: Connection, names: frozenset[str]) -> None:
         """The handshake is done; `names` is what the certificate says."""
-        member = [name for name in self._peers if name in names]
+        member = sorted(names & self._members.keys())
         if connection.dialled is not None:
             member = [name for name in member if name == connection.dialled]
         if len(member) != 1:
             raise ProtocolBroken(f"a certificate for {sorted(names)} is not the expected member's")
-        peer = self._peers[member[0]]
+        peer = Peer(member[0])
         if connection in self._strangers:
             self._strangers.remove(connection)
         former = self._connected.get(peer)

@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 
 from reconciler.log.records import Entry
+from reconciler.log.settings import Membership
 
 MAX_COMMAND_BYTES = 4 << 20  # twice the API's largest body
 BATCH_BYTES = 1 << 20  # of entries in one message; a larger entry goes alone
@@ -96,15 +97,19 @@ class HigherTerm(_Message, frozen=True, tag=9):
 
 
 class AskTerm(_Message, frozen=True, tag=10):
-    """I lost my disk: which term are you in? `number` comes back in the answer."""
+    """I lost my disk, or hear no leader: which term are you in, and who are the members?
+
+    `number` comes back in the answer.
+    """
 
     number: Count
 
 
 class TermIs(_Message, frozen=True, tag=11):
-    """The answerer's term; it is on its disk."""
+    """The answerer's term, which is on its disk, and the members as its log has them."""
 
     number: Count
+    membership: Membership
 
 
 Message = (

@@ -146,15 +146,19 @@ def images(state: State) -> dict[str, frozenset[str]]:
 
 
 def standing(allocs: Iterable[Allocation], nodes: Mapping[str, Node]) -> tuple[Standing, ...]:
-    """The live allocations of a service that may be kept: what is lost with its node is not."""
+    """The live allocations of a service that may be kept: what is lost with its node is not, nor
+    what is to replace one of them on a draining node, but does not serve yet."""
+    live = [alloc for alloc in allocs
+            if alloc.live and alloc.status not in ENDED and alloc.status != "stopping"
+            and alloc.node in nodes and nodes[alloc.node].status != "down"]
+    names = {alloc.id for alloc in live}
     return tuple(
         Standing(
             alloc.id, alloc.node, alloc.slot,
             fit=alloc.status == "healthy" and nodes[alloc.node].status == "ready",
         )
-        for alloc in allocs
-        if alloc.live and alloc.status not in ENDED and alloc.status != "stopping"
-        and alloc.node in nodes and nodes[alloc.node].status != "down"
+        for alloc in live
+        if alloc.status == "healthy" or alloc.replaces not in names
     )
 
 

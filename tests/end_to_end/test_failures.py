@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from reconciler.dev import Dev, Options, _processes_with
+from reconciler.dev import Dev, Options
+from reconciler.node_remains import processes_with
 from tests.end_to_end.conftest import Cluster, eventually, running
 from tests.end_to_end.seed import SEED, answering
 from tests.ports import free_base
@@ -20,7 +21,7 @@ PLAIN = SEED.replace("${secret(db.url)}", "x")
 
 
 def pid_of(cluster: Cluster, node: str) -> int:
-    (pid,) = _processes_with(str(cluster.dev.data / node / "node.json"))
+    (pid,) = processes_with(str(cluster.dev.data / node / "node.json"))
     return pid
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from reconciler.api.types import NodeList, StatusAnswer
-from reconciler.dev import _processes_with
 from reconciler.errors import MillError
+from reconciler.node_remains import processes_with
 from tests.end_to_end.conftest import Cluster, eventually
 from tests.end_to_end.seed import SEED, answering
 from tests.log.test_full_disk import fill
@@ -33,7 +33,7 @@ async def _nodes(cluster: Cluster, asked: str, *, stale: bool = False) -> NodeLi
 
 
 def _pid(cluster: Cluster, node: str) -> int:
-    (pid,) = _processes_with(str(cluster.dev.data / node / "node.json"))
+    (pid,) = processes_with(str(cluster.dev.data / node / "node.json"))
     return pid
 
 

@@ -59,7 +59,8 @@ def test_the_leader_hears_from_a_beat_which_disk_has_closed_a_log() -> None:
     links = Links(ledger, "node-1", Credentials(b"", b"", b""), clock)
     link = links._links["node-2"] = Link("node-2", "127.0.0.1:2", clock, links.wake)
     own = ["its own reason (/data/log)"]
-    view: NodesViewProtocol = NodesView(lambda: links, "node-1", lambda: own[0])
+    view: NodesViewProtocol = NodesView(
+        lambda: links, "node-1", lambda: own[0], lambda _: True)
     link.hear(Inventory(node="node-2"))
     link.hear(Beat(at_ms=0, log_error="No space left on device (/data/log)"))
     assert view.log_error("node-2") == "No space left on device (/data/log)"

@@ -173,7 +173,7 @@ async def test_a_draining_node_that_falls_silent_is_down_too(
 ) -> None:
     monkeypatch.setattr(heal, "DOWN_S", 1.0)
     async with world(tmp_path) as w:
-        await w.ledger.propose(c.SetNodeStatus("node-2", "draining"))
+        await w.ledger.propose(c.DrainNode("node-2"))
         await w.nodes["node-2"].down()
         state = await _until(w, lambda s: s.nodes["node-2"].status != "draining")
         assert state.nodes["node-2"].status == "down"

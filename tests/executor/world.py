@@ -19,6 +19,7 @@ from reconciler.executor.agent.orders import Beat, LogLine, LogRequest, Pull, Pu
 from reconciler.executor.agent.probe import Target
 from reconciler.executor.agent.server import AgentServer
 from reconciler.executor.agent.supervise import Exit, Found, StartFailed, Supervisor
+from reconciler.executor.drain import Transfer, stay
 from reconciler.executor.leader import Leader
 from reconciler.executor.ledger import Ledger
 from reconciler.executor.links import Credentials, Links
@@ -197,6 +198,7 @@ class World:
         self._ids = itertools.count()
         self.leading: asyncio.Task[None] | None = None
         self.links: Links | None = None
+        self.transfer: Transfer = stay
 
     def new_id(self, service: str) -> str:
         return f"{service}-{next(self._ids):06d}"
@@ -222,7 +224,7 @@ class World:
         i = self.nodes["node-1"].identity
         credentials = Credentials(i.ca_pem, i.cert_pem, i.key_pem)  # type: ignore[attr-defined]
         self.links = Links(self.ledger, "node-1", credentials, self.clock)
-        leader = Leader(self.ledger, self.links, self.new_id)
+        leader = Leader(self.ledger, self.links, self.new_id, transfer=self.transfer)
         self.leading = asyncio.create_task(leader.run(self.replica.term))
 
     async def unlead(self) -> None:

@@ -1,21 +1,27 @@
 """The agent's door: gRPC with mutual TLS. One session at a time, the newest term's.
 
 An order of an older term than the newest seen is refused, so a leader that slept through its own
-deposition can make no agent do anything.
+deposition can make no agent do anything. Who speaks is what its certificate says, and must be a
+node of the state, so that one that was removed is a stranger from then on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import Protocol, assert_never
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, assert_never
 
 import grpc
 import msgspec
 import structlog
 
 from reconciler.errors import MillError
+from reconciler.executor.agent import authority
+from reconciler.executor.agent.door import Door
 from reconciler.executor.agent.orders import (
     LOGS,
     MAX_MESSAGE_BYTES,
@@ -36,6 +42,7 @@ from reconciler.executor.agent.orders import (
     decode_order,
     encode,
 )
+from reconciler.fsm.records import Node
 
 log = structlog.get_logger("mill.agent")
 
@@ -83,11 +90,16 @@ class Lines(Protocol):
 
 
 class AgentServer:
-    """Serves sessions and logs. `beat` makes the heartbeat; `floor` is the log's own term."""
+    """Serves sessions and logs, and, with a `custody`, the cluster's key and new certificates.
+
+    `beat` makes the heartbeat; `floor` is the log's own term; `nodes` are those of the state: while
+    there is none, as at the founding, the CA's word is enough.
+    """
 
     def __init__(
         self, node: str, allocations: Allocations, images: Images, lines: Lines,
         beat: Callable[[], Beat], floor: Callable[[], int],
+        nodes: Callable[[], Mapping[str, Node]] = dict, custody: authority.Custody | None = None,
     ) -> None:
         self._node = node
         self._allocations = allocations
@@ -95,39 +107,65 @@ class AgentServer:
         self._lines = lines
         self._beat = beat
         self._floor = floor
+        self._nodes = nodes
+        self._custody = custody
         self._term = 0
         self._outbox: asyncio.Queue[Report] | None = None
         self._current: asyncio.Task[object] | None = None
         self._pulls: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._server: grpc.aio.Server | None = None
+        self._door = Door(self._admits, self._hosts)
+        self._folder: Path | None = None
         self.leader_seen_at = 0.0
 
-    async def start(self, address: str, ca: bytes, certificate: bytes, key: bytes) -> None:
-        """Listen; only certificates of the cluster's CA are spoken to."""
+    async def start(
+        self, address: str, ca: bytes, certificate: bytes, key: bytes, behind: Path | None = None
+    ) -> None:
+        """Listen; only certificates of the cluster's CA are spoken to.
+
+        `behind`: where the socket between the door and gRPC goes, in a folder that is closed to
+        other users; without it, in a new one.
+        """
         server = grpc.aio.server(options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.so_reuseport", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ])
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {
+        methods: dict[str, Any] = {  # each handler has types of its own
             SESSION: grpc.stream_stream_rpc_method_handler(
                 self._session, request_deserializer=decode_order, response_serializer=encode),
             LOGS: grpc.unary_stream_rpc_method_handler(
                 self._read_logs, request_deserializer=_log_request.decode,
                 response_serializer=encode),
-        }),))
-        credentials = grpc.ssl_server_credentials(
-            [(key, certificate)], root_certificates=ca, require_client_auth=True)
-        server.add_secure_port(address, credentials)
+        }
+        if self._custody is not None:
+            methods |= authority.handlers(self._custody, self._caller)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+        if behind is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="mill-agent-"))
+            behind = self._folder / "agent.sock"
+        server.add_insecure_port(f"unix:{behind}")
         await server.start()
         self._server = server
+        self._door.show(ca, certificate, key)
+        try:
+            self._door.open(address, behind)
+        except OSError:
+            await self.stop()
+            raise
+
+    def reload(self, ca: bytes, certificate: bytes, key: bytes) -> None:
+        """A new certificate: for connections from now on; those that are open go on."""
+        self._door.show(ca, certificate, key)
 
     async def stop(self) -> None:
         """Close the door; containers stay."""
         if self._server is not None:
             await self._server.stop(0.2)
+        await self._door.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
         for task in self._pulls.values():
             task.cancel()
 
@@ -142,12 +180,34 @@ class AgentServer:
             if self._current is not None:
                 self._current.cancel()
 
+    def _admits(self, name: str) -> bool:
+        nodes = self._nodes()
+        return bool(name) and (not nodes or name in nodes)
+
+    def _hosts(self) -> frozenset[str]:
+        return frozenset(node.agent.rpartition(":")[0].strip("[]")
+                         for node in self._nodes().values())
+
+    def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+        """The node whose certificate opened the connection; "" for who came past the door."""
+        return self._door.name_of(context.peer())
+
+    def _stranger(self, caller: str) -> str:
+        return f"{caller or 'the caller'} is no node of the cluster as {self._node} knows it"
+
     async def _session(
         self, orders: AsyncIterator[Order], context: grpc.aio.ServicerContext[Order, Report]
     ) -> AsyncIterator[Report]:
         hello = await anext(orders, None)
         if not isinstance(hello, Hello):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with hello")
+            return
+        caller = self._caller(context)
+        if caller != hello.leader or not self._admits(caller):
+            log.warning("session_refused", caller=caller, leader=hello.leader)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, self._stranger(caller)
+                                if caller == hello.leader else
+                                f"{hello.leader} leads, it says, but speaks as {caller}")
             return
         newest = max(self._term, self._floor())
         if hello.term < newest:
@@ -230,6 +290,9 @@ class AgentServer:
     async def _read_logs(
         self, request: LogRequest, context: grpc.aio.ServicerContext[LogRequest, LogLine]
     ) -> AsyncIterator[LogLine]:
+        caller = self._caller(context)
+        if not self._admits(caller):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, self._stranger(caller))
         try:
             with contextlib.suppress(asyncio.CancelledError):
                 async for line in self._lines.read(request):
