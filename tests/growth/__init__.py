@@ -1,0 +1,1 @@
+"""What the past leaves behind: nothing that grows with it."""
