@@ -40,6 +40,7 @@ from reconciler.executor.authority import ClusterAuthority
 from reconciler.executor.containerd import network
 from reconciler.executor.containerd.client import Containerd
 from reconciler.executor.containerd.registry import resolve
+from reconciler.executor.drain import leave
 from reconciler.executor.drains import Nodes
 from reconciler.executor.front import Front
 from reconciler.executor.history import History
@@ -133,6 +134,8 @@ class Node:
                 log.info("serving", node=self.config.name, api=self.config.me.api_port)
                 try:
                     await self._until_stopped(stop)
+                    # While the API still answers: what it is asked meanwhile waits for the next.
+                    await leave(self.ledger, self.replica.transfer, self.config.name)
                 finally:
                     await api.stop()
                 await self.replica.stop()

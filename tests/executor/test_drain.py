@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from reconciler.edge.table import edge_table
-from reconciler.errors import NotFound, Unavailable
-from reconciler.executor import drain, drains, heal, leader, links
+from reconciler.errors import Unavailable
+from reconciler.executor import drain, drains, heal
 from reconciler.executor.drains import Nodes
 from reconciler.executor.ledger import CommandRefused, StateMachine
 from reconciler.executor.requests import DrainStep
 from reconciler.fsm import commands as c
-from reconciler.fsm.records import ENDED, Allocation
-from reconciler.fsm.state import State
-from reconciler.language.spec import Health, ServiceSpec
-from tests.executor.world import World, world
+from tests.executor.drained import (
+    PLENTY_MS,
+    drained,
+    hold,
+    live,
+    quiet,
+    served,
+    service,
+    standing,
+    until,
+)
 from tests.executor.world import service as quick_service
-
-PLENTY_MS = 120_000
+from tests.executor.world import world
 
 
 @pytest.fixture(autouse=True)
@@ -29,68 +33,6 @@ def _nobody_else_leads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The log of these worlds is led by node-1 until a test says otherwise: nothing to wait for."""
     monkeypatch.setattr(drain, "HAND_OVER_AGAIN_S", 0.02)
     monkeypatch.setattr(drains, "LEADER_S", 0.3)
-
-
-def service(name: str, tag: str = "ok", **changes: object) -> ServiceSpec:
-    """One that has all the time it needs: the machine may be busy."""
-    return quick_service(name, tag, **{"health": Health(
-        kind="command", command=("check",), interval_ms=100, deadline_ms=100_000), **changes})
-
-
-async def until(w: World, holds: Callable[[State], bool]) -> State:
-    async with asyncio.timeout(60):
-        return await w.ledger.until(holds)
-
-
-async def drained(w: World, name: str, timeout_ms: int = PLENTY_MS) -> list[DrainStep]:
-    return [step async for step in Nodes(w.ledger).drain(name, timeout_ms)]
-
-
-async def standing(w: World) -> None:
-    ended = await w.ended(await w.deploy(
-        service("web", replicas=3), service("api", replicas=2), service("db")))
-    assert ended.outcome == "deployed"
-
-
-def live(state: State, name: str) -> list[Allocation]:
-    return [a for a in state.of_service(name) if a.live]
-
-
-def hold(w: World, name: str, *nodes: str) -> None:
-    """On these nodes the service passes no probe."""
-    for node in nodes:
-        w.nodes[node].runtime.held.add(name)
-
-
-def served(w: World, since: int) -> dict[str, int]:
-    """The fewest endpoints that each service's traffic ever had, after every single entry."""
-    machine, fewest = StateMachine(), dict[str, int]()
-    for index, entry in enumerate(w.replica.entries, 1):
-        machine.apply(index, entry)
-        if index >= since:
-            for cluster in edge_table(machine.state).clusters:
-                serving = sum(not e.draining for e in cluster.endpoints)
-                known = fewest.get(cluster.service, serving)
-                fewest[cluster.service] = min(serving, known)
-    return fewest
-
-
-async def quiet(w: World) -> None:
-    """Nothing is on its way any more, and what runs is what is live, each slot once."""
-
-    def settled(state: State) -> bool:
-        slots = sorted((a.service, a.slot) for a in state.allocations.values() if a.live)
-        wanted = [(name, slot) for name in sorted(state.services)
-                  for slot in range(state.live_spec(name).replicas)]  # type: ignore[union-attr]  # it is live
-        return slots == wanted and all(
-            (a.live and a.status == "healthy") or a.status in ENDED
-            for a in state.allocations.values())
-
-    async with asyncio.timeout(60):
-        await w.ledger.until(settled)
-        while set(w.containers()) != {a.id for a in w.ledger.state.allocations.values() if a.live}:
-            await asyncio.sleep(0.01)
-    assert settled(w.ledger.state)
 
 
 async def test_a_drain_empties_the_node_and_no_service_ever_has_less(tmp_path: Path) -> None:
@@ -360,76 +302,7 @@ async def test_a_leader_that_nobody_relieves_empties_its_node_all_the_same(
         await w.ledger.propose(c.DrainNode("node-1"))
         await until(w, lambda s: not list(s.of_node("node-1")))
         await quiet(w)
-
-
-async def test_a_leader_that_dies_after_any_entry_of_a_drain_is_followed_by_one_that_ends_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(links, "REDIAL_S", 0.02)
-    monkeypatch.setattr(leader, "RETRY_S", 0.02)
-    entries = await _interrupted(tmp_path / "x", None)
-    room = asyncio.Semaphore(6)
-
-    async def one(after: int) -> None:
-        async with room:
-            try:
-                await _interrupted(tmp_path / str(after), after)
-            except (AssertionError, TimeoutError) as error:
-                raise AssertionError(f"dead after {after} of {entries}: {error}") from error
-
-    async with asyncio.TaskGroup() as group:
-        for after in range(entries + 1):
-            group.create_task(one(after))
-
-
-async def _interrupted(folder: Path, after: int | None) -> int:
-    """A drain, with another leader after so many of its entries; how many there were."""
-    folder.mkdir()
-    async with world(folder) as w:
-        await w.ended(await w.deploy(service("web", replicas=2), service("api", replicas=2)))
-        await w.ledger.propose(c.DrainNode("node-2"))
-        base = len(w.replica.entries) - 1
-        if after is not None:
-            w.replica.stop_after = base + 1 + after
-            async with asyncio.timeout(60):
-                while w.replica.leading and list(w.ledger.state.of_node("node-2")):
-                    await asyncio.sleep(0.005)
-            await w.unlead()
-            w.lead()
-        await until(w, lambda s: not list(s.of_node("node-2")))
-        entries = len(w.replica.entries) - base
-        await quiet(w)
-        assert served(w, base) == {"web": 2, "api": 2}
-        assert len([a for a in w.ledger.state.allocations.values() if a.replaces]) == 2
-        return entries
-
-
-async def test_a_node_is_removed_once_it_is_empty(tmp_path: Path) -> None:
-    async with world(tmp_path) as w:
-        await standing(w)
-        nodes = Nodes(w.ledger)
-        with pytest.raises(CommandRefused) as refused:
-            await nodes.remove("node-3")
-        assert "mill drain node-3" in refused.value.hint
-        assert (await drained(w, "node-3"))[-1].phase == "done"
-        await nodes.remove("node-3")
-        assert set(w.ledger.state.nodes) == {"node-1", "node-2"}
-        assert w.links is not None
-        async with asyncio.timeout(30):
-            while w.links.get("node-3") is not None:
-                await asyncio.sleep(0.01)
-        await quiet(w)
-        for name in ("node-3", "nobody"):
-            with pytest.raises(NotFound):
-                await nodes.undrain(name)
-        with pytest.raises(NotFound):
-            await drained(w, "node-3")
-
-
-async def test_the_last_node_is_not_removed(tmp_path: Path) -> None:
-    async with world(tmp_path, 1) as w:
-        with pytest.raises(CommandRefused):
-            await Nodes(w.ledger).remove("node-1")
+        assert "node-1" not in w.containers().values()
 
 
 async def test_a_move_whose_outcome_was_unknown_is_not_made_twice(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ async def test_a_cluster_grows_from_one_to_five_voters_and_the_sixth_follows(
         await w.propose(c.SetSecret("s", b"0" * 12, b"x"))
         await w.until(lambda: all("s" in n.ledger.state.secrets for n in w.nodes.values()),
                       "the learner follows")
+        assert not w.nodes["node-6"].replica.membership.votes("node-6")
 
 
 async def test_leaders_that_die_while_it_grows_and_shrinks_are_followed_by_ones_that_go_on(

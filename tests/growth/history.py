@@ -51,9 +51,14 @@ class History:
     clock: FastClock
     deploys: int = 0
 
+    async def leads(self) -> None:
+        """Wait until this node leads."""
+        while not self.ledger.is_leader:
+            await asyncio.sleep(0.01)
+
     async def begin(self) -> None:
         """Found the cluster."""
-        await self.ledger.until(lambda _: self.ledger.is_leader)
+        await self.leads()
         await self.ledger.propose(c.InitCluster("growing", "root", "0" * 64))
         await self.ledger.propose(c.RegisterNode(
             name="node-1", number=1, api="127.0.0.1:1", agent="127.0.0.1:2", log="127.0.0.1:3",
@@ -114,7 +119,6 @@ async def growing(folder: Path) -> AsyncIterator[History]:
     ledger = Ledger(replica, machine, clock)
     await replica.start()
     replica.on_applied(ledger.woken)
-    replica.on_leadership(lambda _leading, _term: ledger.woken(0))
     try:
         yield History(ledger, clock)
     finally:
@@ -135,7 +139,6 @@ async def opened_s(folder: Path) -> tuple[float, int]:
     replica = Replica(settings(folder, member), machine)
     ledger = Ledger(replica, machine, RealClock())
     await replica.start()
-    replica.on_leadership(lambda _leading, _term: ledger.woken(0))
     replica.on_applied(ledger.woken)
     while not replica.is_leader:
         await asyncio.sleep(0.001)
@@ -163,7 +166,7 @@ async def _measure(deploys: int, folder: Path) -> None:
                 await history.begin()
                 begun = True
             else:
-                await history.ledger.until(lambda _: history.ledger.is_leader)
+                await history.leads()
                 last = history.ledger.state
                 history.deploys, history.clock.at_ms = done, last.time_ms
             while history.deploys < mark:

@@ -85,7 +85,7 @@ def test_what_is_lost_with_its_node_is_placed_anew_and_the_rest_stays():
 def test_a_draining_node_keeps_what_stands_and_takes_nothing_new():
     cluster = three_nodes()
     cluster.deploy(service("web", replicas=3))
-    cluster.do(c.SetNodeStatus("node-2", "draining"))
+    cluster.do(c.DrainNode("node-2"))
     slots = cluster.plan(service("web", replicas=6)).changes[0].slots
     assert [slot.node for slot in slots if slot.node == "node-2"] == ["node-2"]
 
