@@ -219,7 +219,7 @@ def _unreachable(base: str, error: httpx.TransportError) -> Unreachable:
             f"{base} is not trusted: {reason}",
             hint="is it a node of this cluster? name the cluster's CA with MILL_CA=FILE, or use "
                  "the context that mill init or mill join wrote, with --context")
-    return Unreachable(f"nothing answers at {base}: {error or 'no connection'}",
+    return Unreachable(f"nothing answers at {base}: {str(error) or 'no answer in time'}",
                        hint="is the node up? name another with --address")
 
 

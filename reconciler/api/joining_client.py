@@ -61,10 +61,10 @@ async def _ask(
     try:
         answer = await client.request(
             method, url, content=body, headers={"content-type": "application/json"})
-    except httpx.HTTPError as error:
-        raise Unavailable(f"no answer from the node: {error or type(error).__name__}", at=address,
-                          hint="does its agent run, and is port 4400 reachable from here?"
-                          ) from error
+    except (httpx.HTTPError, ssl.SSLError) as error:  # one after the handshake comes as it is
+        raise Unavailable(f"no answer from the node: {str(error) or type(error).__name__}",
+                          at=address, hint="does its agent run, and is port 4400 reachable from "
+                                           "here?") from error
     if answer.is_error:
         raise await refused(answer)
     return answer

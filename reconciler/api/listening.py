@@ -7,11 +7,13 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Generator
+from typing import cast
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HANDSHAKE_S = 10.0
+from reconciler.api.porch import Porch
+
 SILENCE_S = 30.0
 """For the head of a request, which no honest caller takes a second for."""
 MAX_CONNECTIONS = 4_096
@@ -53,13 +55,8 @@ class Listening(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, with a deadline for handshakes."""
         await self.lifespan.startup()
-        loop, config = asyncio.get_running_loop(), self.config
-        self.servers = [
-            await loop.create_server(
-                self._connection, sock=sock, ssl=config.ssl, backlog=config.backlog,
-                ssl_handshake_timeout=HANDSHAKE_S if config.ssl is not None else None)
-            for sock in sockets or ()
-        ]
+        porches = [Porch(sock, self.config.ssl, self._connection) for sock in sockets or ()]
+        self.servers = cast("list[asyncio.Server]", porches)  # all uvicorn does to them is close
         self.started = True
         self.ready.set()
 

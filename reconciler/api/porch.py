@@ -18,8 +18,10 @@ import structlog
 
 log = structlog.get_logger("mill.porch")
 
-MAX_STRANGERS = 64
-"""Sockets that have not begun, or are in their TLS handshake."""
+MAX_STRANGERS = 1024
+"""Sockets that have not begun. Past that, one goes for each that comes."""
+MAX_HANDSHAKES = 256
+"""Likewise of TLS: 64 MiB."""
 BEGIN_S = 10.0
 """For the first bytes and the TLS handshake."""
 ACCEPTS_PER_TURN = 16
@@ -37,7 +39,6 @@ class Stranger:
     def __init__(self, raw: socket.socket, source: str) -> None:
         self.raw = raw
         self.source = source
-        self.greeted = False
 
     def shut(self) -> None:
         """Both ways; whoever holds it finds out and closes it."""
@@ -57,6 +58,7 @@ class Porch:
     ) -> None:
         self._sock, self._tls, self._make = sock, tls, make
         self._strangers: dict[Stranger, None] = {}  # in the order in which they came
+        self._handshakes: dict[Stranger, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = True
         sock.setblocking(False)
@@ -97,20 +99,12 @@ class Porch:
                 return
             raw.setblocking(False)
             if len(self._strangers) >= MAX_STRANGERS:
-                self._turn_one_away()
+                _turn_one_away(self._strangers)
             stranger = Stranger(raw, str(address[0]))
             self._strangers[stranger] = None
             self._go(self._let_in(stranger))
         if len(self._strangers) >= MAX_STRANGERS:
             self._pause(CROWDED_S)
-
-    def _turn_one_away(self) -> None:
-        """One that has not begun, of the address with the most, so that a flood turns itself
-        away; of these the oldest."""
-        crowd = Counter(each.source for each in self._strangers)
-        victim = min(self._strangers, key=lambda each: (each.greeted, -crowd[each.source]))
-        del self._strangers[victim]
-        victim.shut()
 
     def _go(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -123,17 +117,30 @@ class Porch:
         try:
             async with asyncio.timeout(BEGIN_S):
                 await _begun(stranger.raw, tls=self._tls is not None)
-                stranger.greeted = True
+                del self._strangers[stranger]
+                if self._tls is not None:
+                    if len(self._handshakes) >= MAX_HANDSHAKES:
+                        _turn_one_away(self._handshakes)
+                    self._handshakes[stranger] = None
                 await loop.connect_accepted_socket(
                     self._make, stranger.raw, ssl=self._tls,
                     ssl_handshake_timeout=BEGIN_S if self._tls is not None else None)
                 taken = True
-        except (OSError, TimeoutError):
+        except (KeyError, OSError, TimeoutError):  # KeyError: it was turned away just now
             return  # it went away, spoke no TLS, or took too long: a flood is not worth a line each
         finally:
             self._strangers.pop(stranger, None)
+            self._handshakes.pop(stranger, None)
             if not taken:
                 stranger.raw.close()
+
+
+def _turn_one_away(some: dict[Stranger, None]) -> None:
+    """The oldest of the address with the most, so that a flood turns itself away."""
+    crowd = Counter(each.source for each in some)
+    victim = min(some, key=lambda each: -crowd[each.source])
+    del some[victim]
+    victim.shut()
 
 
 async def _begun(raw: socket.socket, *, tls: bool) -> None:

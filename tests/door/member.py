@@ -66,7 +66,8 @@ class Door:
         await self.replica.start()
         self.replica.on_applied(self.ledger.woken)
         i = self.identity
-        await self.agent.start(f"{HOST}:{self.agent_port}", i.ca_pem, i.cert_pem, i.key_pem)
+        await self.agent.start(f"{HOST}:{self.agent_port}", i.ca_pem, i.cert_pem, i.key_pem,
+                               behind=self.files / "agent.sock")
         await self.api.start(
             host=HOST, port=self.tls_port,
             tls=server_context(self.files / "cert.pem", self.files / "key.pem"),
@@ -95,6 +96,7 @@ class Door:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return {
             "leading": self.replica.is_leader, "term": self.replica.term,
+            "applied": self.replica.applied_index,
             "descriptors": len(os.listdir("/proc/self/fd")),
             "rss_mib": pages * os.sysconf("SC_PAGE_SIZE") >> 20,
         }

@@ -85,20 +85,19 @@ class Flooded:
         self.folder = folder
         self.ca = create_ca()
         self.ports = {name: tuple(free_port() for _ in PORTS) for name in NAMES}
+        self.listed = ",".join(f"{n}={':'.join(map(str, p))}" for n, p in self.ports.items())
         self.nodes: dict[str, Process] = {}
         self.identities: dict[str, Identity] = {}
         self.leader = ""
         self.term = 0
 
     async def start(self) -> None:
-        listed = ",".join(f"{n}={':'.join(map(str, p))}" for n, p in self.ports.items())
+        """The last one comes once another leads, so that it is one that dials the leader."""
         for name in NAMES:
             self.identities[name] = issue(self.ca, name, (HOST,))
             write_identity(self.folder / name, self.identities[name])
-            self.nodes[name] = await Process.start(
-                "tests.door.member", str(self.folder), name, listed)
-        for node in self.nodes.values():
-            assert await node.line() == "{}"
+        for name in NAMES[:2]:
+            await self.start_node(name)
         async with asyncio.timeout(DEADLINE_S):
             while not self.leader:
                 for name, node in self.nodes.items():
@@ -106,8 +105,15 @@ class Flooded:
                     if status["leading"]:
                         self.leader, self.term = name, status["term"]
                 await asyncio.sleep(0.05)
+        await self.start_node(NAMES[2])
         await self.nodes[self.leader].ask(
             found=hashlib.sha256(TOKEN.encode()).hexdigest(), names=NAMES)
+
+    async def start_node(self, name: str) -> None:
+        """It serves once it says so."""
+        self.nodes[name] = await Process.start(
+            "tests.door.member", str(self.folder), name, self.listed)
+        assert await self.nodes[name].line() == "{}"
 
     async def commit_s(self) -> float:
         """The seconds of a commit."""
@@ -178,6 +184,8 @@ async def test_ten_thousand_connections_change_nothing(
         assert held["descriptors"] < begun["descriptors"] + PORTS[where], told
         assert held["rss_mib"] < begun["rss_mib"] + 200, told
         await new_connections_get_in(it, where, told)
+        if where == "log":
+            await a_follower_comes_back(it, told)
         heard = len(beats)
         async with asyncio.timeout(DEADLINE_S):
             while len(beats) < heard + 2:
@@ -207,6 +215,20 @@ async def new_connections_get_in(it: Flooded, where: str, told: list[str]) -> No
     assert answer.status_code < 300, answer.text
     told.append(f"a node came in within {agent_s:.2f} s, a write over a new connection to the "
                 f"API took {time.perf_counter() - begun:.2f} s")
+
+
+async def a_follower_comes_back(it: Flooded, told: list[str]) -> None:
+    """One that dials the flooded leader: of two nodes the one with the greater name does."""
+    name = NAMES[-1]
+    await it.nodes[name].kill()
+    await it.commit_s()
+    begun = time.perf_counter()
+    await it.start_node(name)
+    committed = (await it.status())["applied"]
+    async with asyncio.timeout(DEADLINE_S):
+        while (await it.nodes[name].ask(status=1))["applied"] < committed:
+            await asyncio.sleep(0.1)
+    told.append(f"{name} came back within {time.perf_counter() - begun:.1f} s")
 
 
 @contextlib.asynccontextmanager

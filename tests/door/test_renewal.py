@@ -126,7 +126,7 @@ def test_it_is_due_when_less_than_a_third_of_the_life_is_left(tmp_path: Path) ->
     begins = datetime.datetime.now(datetime.UTC)
     for after_days, due in ((0, False), (19.9, False), (20.1, True), (31, True)):
         now = begins + datetime.timedelta(days=after_days)
-        kept = NodeIdentity("node-1", tmp_path, lambda now=now: now)  # type: ignore[misc]  # bound
+        kept = NodeIdentity("node-1", tmp_path, lambda now=now: now)  # type: ignore[misc]  # the default binds it
         assert (kept.due_in_s() < 0) is due
     assert kept.left_s() < 0
 

@@ -24,7 +24,7 @@ from reconciler.executor.agent.visitor import Passage, Visitor
 
 log = structlog.get_logger("mill.door")
 
-MAX_STRANGERS = 64
+MAX_STRANGERS = 256
 """Connections without a finished handshake. Past that, one goes for each that comes."""
 MAX_OF_ONE = 256
 """Connections of one node: a session, and each `mill logs -f` that it serves."""
