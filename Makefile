@@ -7,6 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PACKAGES := python3-venv git containerd runc nftables iproute2 dnsutils curl docker-registry tcc busybox-static procps ca-certificates
+BENCH_PACKAGES := etcd-server
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check unit bench soak soak-mutants install clean
@@ -34,13 +35,15 @@ test: check
 	$(BIN)/pytest -q
 
 bench: $(STAMP)
+	@BENCH_PACKAGES="$(BENCH_PACKAGES)" bash examples/demo/install.sh
 	$(BIN)/python -m bench
 
 soak: $(STAMP)
-	$(BIN)/python -m tests.sim.run --seeds 1..10000
+	$(BIN)/python -m tests.sim.soak --goal 10000
 
 soak-mutants: $(STAMP)
 	$(BIN)/python -m tests.sim.mutants
+	$(BIN)/python -m tests.sim.whole.mutants
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -36,6 +36,7 @@ from reconciler.executor.agent.orders import Beat, Report
 from reconciler.executor.agent.runtime import NodeRuntime
 from reconciler.executor.agent.server import AgentServer
 from reconciler.executor.agent.supervise import Supervisor
+from reconciler.executor.agent.terms import Terms
 from reconciler.executor.authority import ClusterAuthority
 from reconciler.executor.containerd import network
 from reconciler.executor.containerd.client import Containerd
@@ -57,9 +58,10 @@ from reconciler.log.replica import Replica
 from reconciler.log.settings import Member, Settings
 from reconciler.node_backend import Deploys, GitSources, Logs, NodesView
 from reconciler.node_config import NodeConfig, load
-from reconciler.node_following import follow_peers, until_removed
+from reconciler.node_following import follow_peers
 from reconciler.node_leading import Leading
 from reconciler.node_members import LogMembers
+from reconciler.node_removal import keep_known, until_out
 
 log = structlog.get_logger("mill.node")
 
@@ -130,6 +132,7 @@ class Node:
                 tasks.append(group.create_task(self._tidy(runtime)))
                 tasks.append(group.create_task(renewal.run()))
                 tasks.append(group.create_task(follow_peers(self.ledger, self.layout)))
+                tasks.append(group.create_task(keep_known(self.ledger, self.config)))
                 await self._open_api(api)
                 log.info("serving", node=self.config.name, api=self.config.me.api_port)
                 try:
@@ -148,12 +151,14 @@ class Node:
 
     async def _until_stopped(self, stop: asyncio.Event) -> None:
         stopped = asyncio.ensure_future(stop.wait())
-        removed = asyncio.ensure_future(until_removed(self.ledger, self.config.name))
+        removed = asyncio.ensure_future(
+            until_out(self.ledger, self.config, lambda: self.replica.leader))
         ends: list[asyncio.Future[object]] = [stopped, removed, self.replica.fatal]  # type: ignore[list-item]  # futures are invariant
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if removed.done():
-            log.warning("removed", node=self.config.name, hint="clean this machine: mill leave")
+            log.warning("removed", node=self.config.name, cluster=self.config.cluster,
+                        hint="clean this machine: mill leave")
         removed.cancel()
         if self.replica.fatal.done() and not self.replica.fatal.cancelled():
             error = self.replica.fatal.exception()
@@ -255,7 +260,8 @@ class Node:
         supervisor = Supervisor(runtime, self.data / "allocs", tell, time.monotonic)
         agent = AgentServer(
             self.config.name, supervisor, runtime, runtime, self._beat, lambda: self.replica.term,
-            nodes=lambda: self.ledger.state.nodes, custody=self.authority)
+            nodes=lambda: self.ledger.state.nodes, custody=self.authority,
+            kept=Terms(self.data / "agent.term"))
         await supervisor.recover(group)
         me, identity = self.config.me, self.kept.identity
         await agent.start(f"{me.host}:{me.agent_port}", identity.ca_pem, identity.cert_pem,

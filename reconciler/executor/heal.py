@@ -239,8 +239,8 @@ class Heal:
                 held_by.setdefault(alloc.service, set()).add(alloc.slot)
         for name in sorted(state.services):
             spec = state.live_spec(name)
-            service = state.services[name]
-            revision = service.revision(service.live)
+            service = state.services.get(name)  # what was proposed meanwhile may have removed it
+            revision = service.revision(service.live) if service else None
             if spec is None or revision is None:
                 continue
             held = held_by.get(name, set())

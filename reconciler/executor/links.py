@@ -200,7 +200,7 @@ class Links:
         async with asyncio.TaskGroup() as group:
             tasks: dict[str, asyncio.Task[None]] = {}
             async for state in self._ledger.states():
-                for gone in tasks.keys() - state.nodes.keys():
+                for gone in sorted(tasks.keys() - state.nodes.keys()):
                     tasks.pop(gone).cancel()
                     self._links.pop(gone, None)
                 for node in state.nodes.values():

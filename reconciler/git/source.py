@@ -198,7 +198,10 @@ class Sources:
         wait_s = next_look_s(poll_ms, memory.misses, self._chance())
         memory.next_look_ms = self._ledger.clock.wall_ms() + round(wait_s * 1000)
         try:
-            await asyncio.wait_for(memory.wake.wait(), wait_s)
+            # Not asyncio.wait_for: before Python 3.12 it drops a cancellation that comes with the
+            # wake-up, and the source of a deposed leader would be followed on.
+            async with asyncio.timeout(wait_s):
+                await memory.wake.wait()
         except TimeoutError:
             return
 

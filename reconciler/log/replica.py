@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from reconciler.errors import MillError, Unprocessable
 from reconciler.log.archive import NotHeld, Past
@@ -55,6 +55,8 @@ MAX_PROPOSALS = 4096  # under way at once; what is more would only wait
 MAX_PROPOSED_BYTES = 64 << 20  # of them together, so that memory is bounded
 MAX_READS = 16384  # under way at once
 STOP_HANDOVER_S = 2.5  # a handover takes less; then this node stops all the same
+
+_T = TypeVar("_T")
 
 
 class Replica:
@@ -194,7 +196,7 @@ class Replica:
         self._proposed_bytes += len(command)
         try:
             engine.propose(command, done)
-            return await asyncio.wait_for(future, timeout_s)
+            return await _within(timeout_s, future)
         except TimeoutError as error:
             raise OutcomeUnknown(f"no commit within {timeout_s:g} s") from error
         finally:
@@ -218,7 +220,7 @@ class Replica:
         self._reads += 1
         try:
             engine.ask(done)
-            return await asyncio.wait_for(future, timeout_s)
+            return await _within(timeout_s, future)
         except TimeoutError as error:
             raise NoMajority(f"no confirmation within {timeout_s:g} s") from error
         finally:
@@ -245,7 +247,7 @@ class Replica:
 
         try:
             engine.change(change, done)
-            return await asyncio.wait_for(future, timeout_s)
+            return await _within(timeout_s, future)
         except TimeoutError as error:
             raise OutcomeUnknown(f"no commit within {timeout_s:g} s") from error
 
@@ -287,7 +289,7 @@ class Replica:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append((index, waiter))
         try:
-            await asyncio.wait_for(waiter, timeout_s)
+            await _within(timeout_s, waiter)
         except TimeoutError as error:
             raise NoMajority(
                 f"entry {index} is not here after {timeout_s:g} s; at {self.applied_index}"
@@ -380,6 +382,13 @@ class Replica:
             self._close(news.fatal, asyncio.get_running_loop())
         else:
             self.fatal.set_exception(news.fatal)
+
+
+async def _within(timeout_s: float, future: asyncio.Future[_T]) -> _T:
+    """Not `asyncio.wait_for`: before Python 3.12 it drops a cancellation that comes together with
+    the answer, and a loop of a deposed leader would go on for ever."""
+    async with asyncio.timeout(timeout_s):
+        return await future
 
 
 def _looked_at(future: asyncio.Future[Any]) -> None:

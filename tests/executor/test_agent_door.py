@@ -22,6 +22,7 @@ from reconciler.executor.agent.orders import (
     decode_report,
     encode,
 )
+from reconciler.executor.agent.terms import Terms
 from reconciler.executor.links import Credentials
 from tests.executor.world import Node, World, service, world
 
@@ -123,3 +124,14 @@ async def test_the_same_order_again_starts_nothing(tmp_path: Path) -> None:
             await call.write(_order("next-000001", 99))
             await _started(node, "next-000001")
         assert node.runtime.started == [alloc, "next-000001"]
+
+
+def test_the_newest_term_that_was_obeyed_outlives_the_agent_and_its_log(tmp_path: Path) -> None:
+    Terms(tmp_path / "agent.term").keep(16)
+    kept = Terms(tmp_path / "agent.term")
+    assert kept.newest() == 16
+    (tmp_path / "agent.term").write_text("garbage")
+    assert kept.newest() == 0
+    nowhere = Terms(tmp_path / "not-there" / "agent.term")
+    nowhere.keep(17)  # a disk that takes nothing stops no agent
+    assert nowhere.newest() == 0

@@ -272,3 +272,15 @@ async def test_an_exception_in_the_raft_thread_ends_this_node_alone(tmp_path: Pa
     with pytest.raises(LogFailed):
         await replica.propose(b"good")
     await replica.stop()
+
+
+async def test_a_proposer_that_is_cancelled_as_its_answer_comes_is_cancelled(
+    tmp_path: Path
+) -> None:
+    async with running(tmp_path, 1) as cluster:
+        leader = await cluster.leader()
+        task = asyncio.create_task(leader.propose(b"x"))
+        # In the very call that hands over the answer, as when that answer is the lost leadership.
+        leader.on_applied(lambda _index: task.cancel())
+        with pytest.raises(asyncio.CancelledError):
+            await task

@@ -93,16 +93,18 @@ class SimDisk:
         self.full = False
         self.broken = False
         self.flaky = 0.0  # how likely any write or sync fails
+        self.nameless = 0.0  # how likely a sync of the folder fails
         self.lies = False
         self.syncs = 0
 
     @property
     def faulty(self) -> bool:
-        return self.full or self.broken or self.flaky > 0.0
+        return self.full or self.broken or self.flaky > 0.0 or self.nameless > 0.0
 
     def mend(self) -> None:
         """There is room again, and writes are taken; what was lost stays lost."""
         self.full, self.broken, self.flaky = False, False, 0.0
+        self.nameless = 0.0
 
     def check_space(self) -> None:
         if self.full:
@@ -113,6 +115,10 @@ class SimDisk:
         if self.broken:
             raise OSError(errno.EIO, "Input/output error")
         self._check_luck()
+
+    def _check_names(self) -> None:
+        if self.nameless and self.rng.random() < self.nameless:
+            raise OSError(errno.EIO, "Input/output error")
 
     def _check_luck(self) -> None:
         if self.flaky and self.rng.random() < self.flaky:
@@ -151,6 +157,7 @@ class SimDisk:
     def sync_folder(self) -> None:
         try:
             self.check_sync()
+            self._check_names()
         except OSError:
             if self.rng.random() < 0.5:
                 self._lost.update(name for name, _, _ in self._changes)

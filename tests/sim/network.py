@@ -11,6 +11,7 @@ import heapq
 import random
 from dataclasses import dataclass
 
+ACK_TAG = b"\x05"  # of `wire.Ack`, in a message's second byte
 BULK_BYTES = 1000  # snapshots and long batches: what is late is then likely to be out of date
 
 
@@ -33,6 +34,7 @@ class Network:
         self._last_at: dict[tuple[str, str], float] = {}
         self._sequence = 0
         self.cut: set[tuple[str, str]] = set()  # (from, to), each way by itself
+        self.late_acks = 0.0  # how likely an answer comes seconds late, where the network is wild
         self.digest = hashlib.sha256()
         self.delivered = 0
 
@@ -46,6 +48,8 @@ class Network:
         for _ in range(copies):
             at_s = now_s + self._delay_s()
             late = 0.01 if len(data) < BULK_BYTES else 0.2
+            if data[1:2] == ACK_TAG:
+                late = max(late, self.late_acks)
             if self.wild and self._rng.random() < late:
                 at_s += self._rng.uniform(1.0, 8.0)  # out of another time, over elections and all
             link = (source, target)
@@ -73,7 +77,7 @@ class Network:
 
     def heal(self) -> None:
         self.cut.clear()
-        self.wild, self._slow_s = False, 0.0
+        self.wild, self._slow_s, self.late_acks = False, 0.0, 0.0
 
     def _delay_s(self) -> float:
         if self._slow_s and self._rng.random() < 0.3:

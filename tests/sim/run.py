@@ -15,8 +15,11 @@ import traceback
 from dataclasses import dataclass
 
 from reconciler.log import pinned
+from reconciler.log.rejoin import is_rejoining
+from tests.sim import hard
 from tests.sim.disk import SimDisk
 from tests.sim.invariants import Violation
+from tests.sim.reshape import Reshaping
 from tests.sim.world import World
 
 STEPS = 1500  # of 10 ms under faults
@@ -36,21 +39,29 @@ class Report:
     failed_disks: int
     reopened: int
     wiped: int = 0
+    changes: int = 0
 
 
 def run(
-    seed: int, steps: int = STEPS, *, bad_disks: bool = False, lost_disks: bool = False
+    seed: int, steps: int = STEPS, *, bad_disks: bool = False, lost_disks: bool = False,
+    membership: bool = False, stale_acks: bool = False, rivals: bool = False,
+    lost_names: bool = False,
 ) -> Report:
     """One world from beginning to end; raises Violation, or whatever the log raised.
 
     `bad_disks`: in each second trouble a disk fills up or fails, for a while. `lost_disks`:
-    one at a time is lost, and its node rejoins.
+    one at a time is lost, and its node rejoins. `membership`: members come and go. The rest
+    are made for one kind of mistake each (`hard`), and take the place of the usual troubles.
     """
+    if stale_acks or rivals or lost_names:
+        kind = hard.StaleAcks if stale_acks else hard.Rivals if rivals else hard.LostNames
+        return _run_hard(seed, steps, kind)
     rng = random.Random(seed)
     members = rng.choice((1, 3, 3, 3, 5, 5))
     try:
         slow_s = rng.choice((0.0, 0.0, 0.5, 1.0, 3.0))
         world = World(rng, members, wild=rng.random() < 0.5, slow_s=slow_s)
+        reshaping = Reshaping(world) if membership else None
         burst = rng.choice((1, 2, 8))
         fault_every = rng.choice((5, 15, 40, 100))
         revive = rng.choice((0.2, 0.5, 1.0))
@@ -58,16 +69,44 @@ def run(
         for number in range(steps):
             world.step()
             _work(world, burst)
+            if reshaping is not None and number % reshaping.every == 0:
+                reshaping.step()
             if number % fault_every == 0:
                 _trouble(world, revive)
                 if bad_disks and rng.random() < 0.5:
                     _spoil(rng, rng.choice(list(world.nodes.values())).disk)
-                if lost_disks and members > 1 and rng.random() < 0.3 and not world.rejoining:
+                if lost_disks and rng.random() < 0.3 and _may_lose(world):
                     world.wipe(rng.choice(list(world.nodes.values())))
                     wiped += 1
         return dataclasses.replace(_settle(world, seed, steps), wiped=wiped)
     finally:
         pinned.use_time(time.monotonic, random.Random())
+
+
+def run_seed(seed: int, **kinds: bool) -> None:
+    """As `run`, for whoever only wants to know that nothing is broken."""
+    run(seed, **kinds)
+
+
+def _run_hard(seed: int, steps: int, kind: type[hard.Hardship]) -> Report:
+    rng = random.Random(seed)
+    try:
+        world = kind.world(rng)
+        hardship = kind(world)
+        for number in range(steps):
+            world.step()
+            hardship.step(number)
+        return _settle(world, seed, steps)
+    finally:
+        pinned.use_time(time.monotonic, random.Random())
+
+
+def _may_lose(world: World) -> bool:
+    """A disk less is a minority's, in every configuration that may be in effect."""
+    if world.rejoining:
+        return False
+    held = [node.membership for node in world.live]
+    return bool(held) and all(len(each.voters) > 2 for each in held)
 
 
 def _work(world: World, burst: int) -> None:
@@ -142,7 +181,7 @@ def _settle(world: World, seed: int, steps: int) -> Report:
     world.heal()
     quiet = 0
     proposed = False
-    while not (proposed and _agree(world) and not world.rejoining):
+    while not (proposed and _agree(world)):
         quiet += 1
         if quiet > QUIET_STEPS:
             raise Violation(f"no agreement {QUIET_STEPS} steps after the last fault")
@@ -154,7 +193,7 @@ def _settle(world: World, seed: int, steps: int) -> Report:
             for _ in range(100):
                 world.step()
             proposed = len(world.invariants.acked) > before
-    reference = dict(next(iter(world.nodes.values())).machine.items)
+    reference = dict(world.members[0].machine.items)
     for index, command in world.invariants.acked.items():
         if reference.get(index) != command:
             raise Violation(f"acknowledged {command!r} at {index} is lost")
@@ -167,12 +206,16 @@ def _settle(world: World, seed: int, steps: int) -> Report:
         steps + quiet,
         world.failed_disks,
         world.reopened,
+        changes=world.changes,
     )
 
 
 def _agree(world: World) -> bool:
-    machines = [node.machine.items for node in world.nodes.values()]
-    return all(items == machines[0] for items in machines)
+    """Every member has applied the same, and none still waits to vote."""
+    members = world.members
+    if not members or any(is_rejoining(node.disk) for node in members):
+        return False
+    return all(node.machine.items == members[0].machine.items for node in members)
 
 
 def main(arguments: list[str]) -> int:
@@ -181,23 +224,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--bad-disks", action="store_true", help="disks fail much more often")
     parser.add_argument("--lost-disks", action="store_true", help="disks are lost for good")
+    parser.add_argument("--membership", action="store_true", help="members come and go")
+    parser.add_argument("--stale-acks", action="store_true", help="answers out of older terms")
+    parser.add_argument("--rivals", action="store_true", help="two candidates, voters that crash")
+    parser.add_argument("--lost-names", action="store_true", help="renames that a crash undoes")
     options = parser.parse_args(arguments)
     first, _, end = options.seeds.partition("..")
     seeds = range(int(first), int(end) if end else int(first) + 1)
     logging.disable(logging.CRITICAL)
+    kinds = {name: on for name, on in vars(options).items() if name not in ("seeds", "steps")}
     began, reports, failed = time.monotonic(), [], []
     for seed in seeds:
         try:
-            reports.append(
-                run(
-                    seed, options.steps,
-                    bad_disks=options.bad_disks, lost_disks=options.lost_disks,
-                )
-            )  # fmt: skip
+            reports.append(run(seed, options.steps, **kinds))
         except Exception as error:  # noqa: BLE001  # a failing seed is a result
             failed.append(seed)
             print(f"seed {seed} FAILED: {type(error).__name__}: {error}")
-            more = " --bad-disks" * options.bad_disks + " --lost-disks" * options.lost_disks
+            more = "".join(f" --{name.replace('_', '-')}" for name, on in kinds.items() if on)
             print(
                 f"  replay: python -m tests.sim.run --seeds {seed} --steps {options.steps}{more}"
             )
@@ -210,11 +253,13 @@ def main(arguments: list[str]) -> int:
     failed_disks = sum(report.failed_disks for report in reports)
     reopened = sum(report.reopened for report in reports)
     wiped = sum(report.wiped for report in reports)
+    changes = sum(report.changes for report in reports)
     digest = reports[-1].digest if reports else "-"
     print(
         f"{len(seeds)} seeds, {len(failed)} failed, {steps * 0.01:.0f} simulated s in"
         f" {took_s:.1f} s ({steps / took_s:.0f} steps/s), {messages} messages, {acked} acked,"
         f" {failed_disks} failed disks, {reopened} logs open again, {wiped} disks lost,"
+        f" {changes} changes of members,"
         f" last digest {digest}"
     )
     return 1 if failed else 0

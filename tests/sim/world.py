@@ -9,13 +9,15 @@ import msgspec
 
 from reconciler.errors import MillError
 from reconciler.log import pinned, wire
+from reconciler.log.configuration import Change
 from reconciler.log.core import Peer, PeerTransport
 from reconciler.log.errors import DiskFailed
 from reconciler.log.hardening import Parts, Raft
 from reconciler.log.journal import Journal
+from reconciler.log.records import Entry
 from reconciler.log.rejoin import is_rejoining, set_aside
 from reconciler.log.reopening import reopen
-from reconciler.log.settings import Timing
+from reconciler.log.settings import Member, Membership, Timing
 from reconciler.log.snapshot import Snapshots
 from tests.sim.disk import SimDisk
 from tests.sim.invariants import Invariants, Violation
@@ -34,8 +36,15 @@ class SimTransport(PeerTransport):
     def __init__(self, node: SimNode) -> None:
         super().__init__()
         self._node = node
+        self.reached: frozenset[str] = frozenset()
+
+    def follow(self, members: dict[str, Member]) -> None:
+        self.reached = frozenset(members)
 
     def transmit(self, peer: Peer, message: wire.Message) -> bool:
+        self._node.world.invariants.said(self._node, str(peer.id), message)
+        if isinstance(message, wire.Vote):
+            self._node.world.voted(self._node)
         if isinstance(message, wire.Ack | wire.Vote | wire.RequestVote) and (
             self.raft.journal.unsynced
         ):
@@ -81,14 +90,15 @@ class SimMachine:
 class SimNode:
     """One machine: its disk outlives its process."""
 
-    def __init__(self, world: World, name: str) -> None:
-        self.world, self.name = world, name
+    def __init__(self, world: World, name: str, founding: tuple[Member, ...]) -> None:
+        self.world, self.name, self.founding = world, name, founding
         self.disk = SimDisk(name, world.rng)
-        self.epoch = 0
+        self.epoch = 0  # each life has its own; a connection does not outlive either end
         self.skew_s = 0.0
         self.paused_until_s = 0.0
         self.held: list[Flight] = []  # what the kernel keeps for a paused process
         self.raft: Raft | None = None
+        self.journals: list[Journal] = []  # the present one, and that of a lost disk
         self.closed = False  # by its disk: the process lives, and tries to open its log again
         self.machine = SimMachine(name, world.invariants)
 
@@ -101,6 +111,20 @@ class SimNode:
     def term(self) -> int:
         assert self.raft is not None
         return self.raft.term
+
+    @property
+    def membership(self) -> Membership:
+        assert self.raft is not None
+        return self.raft.members.latest
+
+    def membership_at(self, index: int) -> Membership:
+        assert self.raft is not None
+        return self.raft.members.as_of(index)
+
+    @property
+    def commit_index(self) -> int:
+        assert self.raft is not None
+        return self.raft.commit_index
 
     @property
     def leads(self) -> bool:
@@ -125,13 +149,13 @@ class SimNode:
         self.closed = False
 
     def _open(self, journal: Journal) -> None:
-        self.epoch += 1
-        others = [name for name in self.world.nodes if name != self.name]
+        self.epoch = self.world.lives = self.world.lives + 1
+        self.journals[-1:] = [journal]
         parts = Parts(
             journal, Snapshots(self.disk), self.machine, SimTransport(self), NullPoller(), self,
             self.disk,
         )  # fmt: skip
-        self.raft = Raft(self.name, others, parts, Timing(), SNAPSHOT_BYTES)
+        self.raft = Raft(self.name, self.founding, parts, self.world.timing, SNAPSHOT_BYTES)
         self.raft.replication.chunk_bytes = self.world.chunk_bytes
 
     def close(self) -> None:
@@ -160,8 +184,12 @@ class SimNode:
 class World:
     """`members` nodes; everything that happens follows from the seed."""
 
-    def __init__(self, rng: random.Random, members: int, *, wild: bool, slow_s: float) -> None:
+    def __init__(
+        self, rng: random.Random, members: int, *, wild: bool, slow_s: float,
+        timing: Timing | None = None,
+    ) -> None:
         self.rng = rng
+        self.timing = timing or Timing()
         self.now_s = 1000.0
         self._skew_s = 0.0
         pinned.use_time(lambda: self.now_s + self._skew_s, rng)
@@ -169,9 +197,15 @@ class World:
         self.invariants = Invariants()
         self.network = Network(rng, wild=wild, slow_s=slow_s)
         self.nodes: dict[str, SimNode] = {}
-        for number in range(members):
-            self.nodes[f"n{number}"] = SimNode(self, f"n{number}")
+        self.lives = 0
+        founding = tuple(member(f"n{number}") for number in range(members))
+        for each in founding:
+            self.nodes[each.name] = SimNode(self, each.name, founding)
         self.links: set[frozenset[str]] = set()
+        self.crash_voters = 0.0  # how likely a voter loses power right after it voted
+        self._doomed: list[SimNode] = []
+        self.buried: dict[str, list[Journal]] = {}  # what scrapped machines held
+        self.changes = 0
         self.commands = 0
         self.failed_disks = 0
         self.reopened = 0
@@ -184,8 +218,10 @@ class World:
         return [node for node in self.nodes.values() if node.raft is not None]
 
     def send(self, node: SimNode, target: str, data: bytes) -> bool:
-        other = self.nodes[target]
-        if other.raft is None or (node.name, target) in self.network.cut:
+        other = self.nodes.get(target)
+        if other is None or other.raft is None or (node.name, target) in self.network.cut:
+            return False
+        if not _reaches(other, node):
             return False
         self.network.send(self.now_s, node.name, target, (node.epoch, other.epoch), data)
         return True
@@ -199,13 +235,17 @@ class World:
         for node in self.live:
             if not node.paused:
                 self._tick(node)
+        doomed, self._doomed = self._doomed, []
+        for node in doomed:
+            self.crash(node)
+            self.restart(node)
         self.steps += 1
         if self.steps % REOPEN_STEPS == 0:
             for node in self.nodes.values():
                 if node.closed and not node.paused:
                     self._in(node, node.reopen)
                     self.reopened += not node.closed
-        self.invariants.check(list(self.live))
+        self.invariants.check(list(self.live), self._holds)
 
     def propose(self, node: SimNode) -> None:
         assert node.raft is not None
@@ -228,6 +268,37 @@ class World:
 
         node.raft.reads.ask(done)
 
+    def change(self, node: SimNode, change: Change) -> None:
+        """Ask for a change of the members; whether it came about is for the world to see."""
+        assert node.raft is not None
+
+        def done(_index: int, _result: object, error: MillError | None) -> None:
+            self.changes += error is None
+
+        node.raft.members.ask(change, done)
+
+    def hand_over(self, node: SimNode, to: str | None) -> None:
+        assert node.raft is not None
+        node.raft.hand_over(to, lambda error: None)
+
+    def join(self, name: str, found: tuple[Member, ...]) -> SimNode:
+        """An empty node comes up that knows of these voters."""
+        node = self.nodes[name] = SimNode(self, name, found)
+        former = self.buried.pop(name, [])
+        node.journals = [*former, *former[-1:]]
+        self._in(node, node.start)
+        return node
+
+    def forget(self, node: SimNode) -> None:
+        """A removed machine is scrapped, its disk with it."""
+        self.kill(node)
+        self.buried[node.name] = node.journals
+        del self.nodes[node.name]
+
+    def voted(self, node: SimNode) -> None:
+        if self.crash_voters and self.rng.random() < self.crash_voters:
+            self._doomed.append(node)
+
     def crash(self, node: SimNode) -> None:
         node.crash(self.rng)
         self._unlink_all(node)
@@ -235,6 +306,7 @@ class World:
     def wipe(self, node: SimNode) -> None:
         """Its disk is gone; another one is in its place, and the node rejoins."""
         self.crash(node)
+        node.journals = [*node.journals[-1:], *node.journals[-1:]]
         node.disk = SimDisk(node.name, self.rng)
         set_aside(node.disk)
         self.restart(node)
@@ -242,6 +314,15 @@ class World:
     @property
     def rejoining(self) -> list[SimNode]:
         return [node for node in self.nodes.values() if is_rejoining(node.disk)]
+
+    @property
+    def members(self) -> list[SimNode]:
+        """Who takes part, as the newest leader has it; nobody where none leads."""
+        leaders = [node for node in self.live if node.leads]
+        if not leaders:
+            return []
+        newest = max(leaders, key=lambda each: each.term).membership
+        return [self.nodes[each.name] for each in newest.everyone if each.name in self.nodes]
 
     def kill(self, node: SimNode) -> None:
         node.kill()
@@ -265,11 +346,26 @@ class World:
             if node.raft is None and not node.closed:
                 self.restart(node)
 
+    def _holds(self, name: str, entry: Entry) -> bool:
+        """Whether the node's log has, or had before its disk was lost, this entry."""
+        node = self.nodes.get(name)
+        journals = self.buried.get(name, []) if node is None else node.journals
+        return any(
+            journal.first > entry.index or journal.holds(entry.index, entry.term)
+            for journal in journals
+        )
+
     def _connect(self) -> None:
+        for pair in sorted(self.links, key=sorted):
+            one, other = (self.nodes[name] for name in sorted(pair))
+            if not (_reaches(one, other) and _reaches(other, one)):
+                self._unlink(one.name, other.name)
         for one in self.live:
             for other in self.live:
                 pair = frozenset((one.name, other.name))
                 if one.name >= other.name or pair in self.links:
+                    continue
+                if not (_reaches(one, other) and _reaches(other, one)):
                     continue
                 ways = {(one.name, other.name), (other.name, one.name)}
                 if self.network.wild or not ways & self.network.cut:
@@ -290,21 +386,25 @@ class World:
 
     def _tell(self, node: SimNode, other: SimNode, event: str) -> None:
         if node.raft is not None:
-            peer = next(peer for peer in node.raft.peers if peer.id == other.name)
-            getattr(node.raft.transport, event)(peer)
+            getattr(node.raft.transport, event)(Peer(other.name))
 
     def _deliver(self, flight: Flight) -> None:
-        node, source = self.nodes[flight.target], self.nodes[flight.source]
+        node, source = self.nodes.get(flight.target), self.nodes.get(flight.source)
+        if node is None or source is None:
+            return
         stale = flight.epochs != (source.epoch, node.epoch)  # of a connection that is gone
-        if node.raft is None or (stale and not self.network.wild):
+        if node.raft is None or (stale and not self.network.wild) or not _reaches(node, source):
             return
         if node.paused:
             node.held.append(flight)
             return
         self.network.seen(flight)
         raft = node.raft
-        peer = next(peer for peer in raft.peers if peer.id == flight.source)
+        led, stranger = node.leads, raft.members.latest.get(source.name) is None
+        peer = Peer(source.name)
         self._in(node, lambda: raft.transport.receive(peer, wire.decode(flight.data)))
+        if led and stranger and node.raft is not None and not node.leads:
+            raise Violation(f"{source.name}, no member any more, deposes {node.name}")
 
     def _tick(self, node: SimNode) -> None:
         held, node.held = node.held, []
@@ -327,3 +427,12 @@ class World:
             self._unlink_all(node)
         finally:
             self._skew_s = 0.0
+
+
+def member(name: str) -> Member:
+    return Member(name, "10.0.0.1", 4401)
+
+
+def _reaches(node: SimNode, other: SimNode) -> bool:
+    transport = None if node.raft is None else node.raft.transport
+    return isinstance(transport, SimTransport) and other.name in transport.reached

@@ -42,6 +42,7 @@ from reconciler.executor.agent.orders import (
     decode_order,
     encode,
 )
+from reconciler.executor.agent.terms import Terms
 from reconciler.fsm.records import Node
 
 log = structlog.get_logger("mill.agent")
@@ -93,13 +94,15 @@ class AgentServer:
     """Serves sessions and logs, and, with a `custody`, the cluster's key and new certificates.
 
     `beat` makes the heartbeat; `floor` is the log's own term; `nodes` are those of the state: while
-    there is none, as at the founding, the CA's word is enough.
+    there is none, as at the founding, the CA's word is enough. `kept` outlives the process and a
+    log that is lost: without it a start knows only the log's term.
     """
 
     def __init__(
         self, node: str, allocations: Allocations, images: Images, lines: Lines,
         beat: Callable[[], Beat], floor: Callable[[], int],
         nodes: Callable[[], Mapping[str, Node]] = dict, custody: authority.Custody | None = None,
+        kept: Terms | None = None,
     ) -> None:
         self._node = node
         self._allocations = allocations
@@ -109,7 +112,8 @@ class AgentServer:
         self._floor = floor
         self._nodes = nodes
         self._custody = custody
-        self._term = 0
+        self._kept = kept
+        self._term = kept.newest() if kept is not None else 0
         self._outbox: asyncio.Queue[Report] | None = None
         self._current: asyncio.Task[object] | None = None
         self._pulls: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -214,6 +218,8 @@ class AgentServer:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION,
                                 f"term {hello.term} is over: the newest is {newest}")
             return
+        if self._kept is not None and hello.term > self._term:
+            self._kept.keep(hello.term)
         self._term = hello.term
         if self._current is not None:
             self._current.cancel()
