@@ -32,7 +32,7 @@ unit: $(STAMP)
 	$(BIN)/pytest -q -m "not containers"
 
 test: check
-	$(BIN)/pytest -q
+	@$(BIN)/python -m tests.together
 
 bench: $(STAMP)
 	@BENCH_PACKAGES="$(BENCH_PACKAGES)" bash examples/demo/install.sh
