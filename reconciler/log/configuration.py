@@ -123,6 +123,11 @@ class Configurations:
             (each for each in reversed(self._held) if each.index <= index), self._held[0]
         )
 
+    def since(self, index: int) -> list[Membership]:
+        """What is in effect there, and what comes after it: each may be in effect yet, or again."""
+        base = self.as_of(index)
+        return [base, *(each for each in self._held if each.index > base.index)]
+
     def append(self, entries: Iterable[Entry]) -> None:
         """Take those of the entries, appended in this order, that are configurations."""
         for entry in entries:
@@ -140,8 +145,7 @@ class Configurations:
 
     def forget_before(self, index: int) -> None:
         """Nothing below `index` is ever cut."""
-        base = self.as_of(index)
-        self._held = [base, *(each for each in self._held if each.index > base.index)]
+        self._held = self.since(index)
 
 
 def _with(present: Membership, member: Member) -> Membership:

@@ -59,6 +59,7 @@ class Members:
         self._leaving: dict[str, _Leaving] = {}
         self._introduced: Membership | None = None
         self._settled: Membership | None = None
+        self._open = False  # whether the present configuration may still be cut off again
         self.voters: list[Peer] = []
         self.followers: list[Peer] = []
 
@@ -165,7 +166,7 @@ class Members:
         ]  # fmt: skip
         for name in gone:
             del self._leaving[name]
-        if gone:
+        if gone or (self._open and self.latest.index <= raft.commit_index):
             self._connect()
 
     def last_for(self, peer: Peer) -> int:
@@ -245,6 +246,7 @@ class Members:
         for known in (raft.next_index, raft.match_index, raft.last_response):
             for peer in known.keys() - set(self.followers):
                 del known[peer]
+        self._open = latest.index > raft.commit_index
         raft.transport.follow(self._reached())
 
     def _reached(self) -> dict[str, Member]:
@@ -253,7 +255,9 @@ class Members:
         if latest.index == 0 or latest.get(self.me) is None:
             # One that joins is let in by whom it found, before the log names it.
             reached |= {each.name: each for each in self._founding}
-        reached |= {each.name: each for each in latest.everyone}
+        # What is not committed may be undone by one whom it removes: a leader of a later term.
+        for each in self._configurations.since(self._raft.commit_index):
+            reached |= {member.name: member for member in each.everyone}
         if self._introduced is not None:
             reached |= {each.name: each for each in self._introduced.everyone}
         reached.pop(self.me, None)

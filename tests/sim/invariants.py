@@ -139,6 +139,10 @@ class Invariants:
         former = self._commit_index.get(node.name, 0)
         journal, index = node.journal, node.commit_index
         self._commit_index[node.name] = index
+        if journal.first > former:  # committed and compacted in one step
+            base = node.membership_at(journal.first)
+            if base.index > max(former, self._members[-1].index if self._members else 0):
+                self._members.append(base)
         for at in range(max(former + 1, journal.first + 1), index + 1):
             entry = journal.entry(at)
             if entry is None:

@@ -42,6 +42,19 @@ class Reshaping:
             if rng.random() < 0.5:
                 world.restart(leader)
 
+    def end(self) -> None:
+        """Who joined, heard of nobody since, and knows only machines that are gone, joins again:
+        a person has to see to that."""
+        world = self._world
+        known = world.invariants.members
+        if known is None:
+            return
+        for node in list(world.nodes.values()):
+            silent = node.raft is not None and node.journal.last.index == 1
+            if silent and not any(known.get(each.name) for each in node.founding):
+                world.forget(node)
+                world.join(node.name, known.voters)
+
     def _ask(self, leader: SimNode, present: Membership) -> None:
         world, rng = self._world, self._rng
         voters = [each.name for each in present.voters]

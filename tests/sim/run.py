@@ -78,6 +78,8 @@ def run(
                 if lost_disks and rng.random() < 0.3 and _may_lose(world):
                     world.wipe(rng.choice(list(world.nodes.values())))
                     wiped += 1
+        if reshaping is not None:
+            reshaping.end()
         return dataclasses.replace(_settle(world, seed, steps), wiped=wiped)
     finally:
         pinned.use_time(time.monotonic, random.Random())
