@@ -1,323 +1,147 @@
-"""How fast the log commits: three nodes in three processes, TLS and fsync, on this machine.
+"""The log beside etcd, in one run: commits, failover, restart. Three nodes each, fsync on.
 
-`python -m bench.log [--runs 5] [--seconds 3]`. The client sits inside the leader. Where an
-`etcd` is on PATH (Debian: etcd-server), three of them do the same work in the same rounds,
-through their HTTP gateway, which costs etcd a part of its speed. Figures of a shared machine
-differ by 2x from run to run: compare within one run.
+`python -m bench.log [--runs 5] [--seconds 2] [--failovers 50] [--entries 100000] [--docs]`. It
+prints markdown; `--docs` puts that into docs/benchmarks.md as well. etcd (Debian: etcd-server,
+which `make bench` installs) is three processes on free loopback ports in a temporary folder; where
+it is not on PATH, ours is measured alone. Figures of a shared machine differ by 2x from run to
+run: compare within one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import contextlib
-import json
+import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import httpx
+from bench import log_faults, log_report
+from bench.log_clusters import Etcd, Mill
+from bench.log_loops import Figures
 
-from reconciler.log.replica import Replica
-from tests.log.certificates import Authority
-from tests.log.cluster import ROOT, Ledger, free_members
-from tests.log.member import settings
-
-VALUE_BYTES = 200
-SNAPSHOT_BYTES = 64 << 20
-PROBES = 200  # commits whose way to the followers is timed
+WARM_S = 0.3  # before anything is measured: code paths, buffers, the first blocks of the journal
+SHORT_S = 1.0  # what is no headline
+Round = dict[str, Figures]
 
 
-class Counter(Ledger):
-    """Keeps nothing, so that the log is what is measured."""
-
-    def apply(self, index: int, command: bytes) -> object:
-        return index
-
-    def dump(self) -> bytes:
-        return b""
-
-    def load(self, snapshot: bytes) -> None:
-        return None
-
-    def reset(self) -> None:
-        return None
-
-
-async def closed_loop(
-    clients: int, seconds: float, once: Callable[[], Awaitable[object]]
-) -> dict[str, float]:
-    """`clients` callers, each asking again as soon as it is answered."""
-    took: list[float] = []
-    began = time.perf_counter()
-
-    async def client() -> None:
-        while (start := time.perf_counter()) - began < seconds:
-            await once()
-            took.append(time.perf_counter() - start)
-
-    await asyncio.gather(*(client() for _ in range(clients)))
-    elapsed = time.perf_counter() - began
-    took.sort()
-    return {
-        "per_s": len(took) / elapsed,
-        "p50_ms": 1e3 * took[len(took) // 2],
-        "p99_ms": 1e3 * took[int(len(took) * 0.99)],
-    }
+async def log_alone(folder: Path, seconds: float) -> Round:
+    """Inside the leader, without a state machine: three nodes, then one."""
+    found: Round = {}
+    for count in (3, 1):
+        own = folder / str(count)
+        own.mkdir()
+        async with Mill(own, count, api=False) as cluster:
+            leader = await cluster.leader()
+            await cluster.inside(leader, "write", 32, WARM_S)
+            for callers in (1, 32):
+                kind = "log" if count == 3 else "one"
+                spent = seconds if count == 3 else SHORT_S
+                found[f"{kind} {callers}"] = await cluster.inside(leader, "write", callers, spent)
+            if count == 3:
+                for callers in (1, 32):
+                    found[f"read {callers}"] = await cluster.inside(
+                        leader, "read", callers, SHORT_S
+                    )
+                waits = await cluster.to_followers(leader)
+                found["followers"] = {
+                    "per_s": 0.0, "p50_ms": statistics.median(waits),
+                    "p99_ms": waits[int(len(waits) * 0.99)],
+                }  # fmt: skip
+    return found
 
 
-async def probe(replica: Replica) -> dict[int, float]:
-    """When each of PROBES lone commits was known to its proposer, by index."""
-    known = {}
-    for _ in range(PROBES):
-        index, _ = await replica.propose(bytes(VALUE_BYTES))
-        known[index] = time.monotonic()
-        await asyncio.sleep(0.003)  # so that each goes its way alone
-    return known
+async def whole_way(folder: Path, seconds: float) -> Round:
+    """The real state machine: inside the leader, and through the API from another process."""
+    found: Round = {}
+    async with Mill(folder, api=True) as cluster:
+        leader = await cluster.leader()
+        await cluster.loop(leader, 32, WARM_S)
+        found["nothing"] = await cluster.nothing(leader, SHORT_S)
+        for callers in (1, 32):
+            found[f"state {callers}"] = await cluster.inside(leader, "write", callers, SHORT_S)
+            found[f"api {callers}"] = await cluster.loop(leader, callers, seconds)
+    return found
 
 
-async def member(folder: str, name: str, listed: str) -> None:
-    """One node; answers the questions of the parent."""
-    replica = Replica(settings(Path(folder), name, listed, SNAPSHOT_BYTES), Counter())
-    applied: dict[int, float] = {}
-    replica.on_applied(lambda index: applied.setdefault(index, time.monotonic()))
-    await replica.start()
-    reader = asyncio.StreamReader(limit=64 << 20)
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
-    )
-    while line := await reader.readline():
-        applied.clear()
-        reply: object
-        match json.loads(line):
-            case {"write": clients, "seconds": seconds}:
-                reply = await closed_loop(
-                    clients, seconds, lambda: replica.propose(bytes(VALUE_BYTES))
-                )
-            case {"read": clients, "seconds": seconds}:
-                reply = await closed_loop(clients, seconds, replica.read_index)
-            case {"probe": _}:
-                reply = await probe(replica)
-            case {"watch": _}:
-                line = await reader.readline()  # the parent says when the probe is over
-                reply = applied
-            case _:
-                reply = {"leading": replica.is_leader}
-        print(json.dumps(reply), flush=True)
-    await replica.stop()
+async def peer(folder: Path, seconds: float) -> Round:
+    """etcd through gRPC, from the same process with the same loop."""
+    found: Round = {}
+    async with Etcd(folder) as cluster:
+        leader = await cluster.leader()
+        await cluster.loop(leader, 32, WARM_S)
+        found["etcd nothing"] = await cluster.nothing(leader, SHORT_S)
+        for callers in (1, 32):
+            found[f"etcd {callers}"] = await cluster.loop(leader, callers, seconds)
+    return found
 
 
-class Node:
-    """A member's process."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-
-    async def tell(self, **question: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(question).encode() + b"\n")
-        await self.process.stdin.drain()
-
-    async def hear(self) -> dict[str, float]:
-        assert self.process.stdout is not None
-        answer: dict[str, float] = json.loads(await self.process.stdout.readline())
-        return answer
-
-    async def ask(self, **question: object) -> dict[str, float]:
-        await self.tell(**question)
-        return await self.hear()
-
-
-@contextlib.asynccontextmanager
-async def our_nodes(folder: Path, count: int):  # type: ignore[no-untyped-def]  # a bench
-    authority, members = Authority(folder), free_members(count)
-    listed = ",".join(f"{each.name}={each.host}:{each.port}" for each in members)
-    nodes = []
-    try:
-        for each in members:
-            authority.issue(each.name)
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "bench.log", "--member", str(folder), each.name, listed,
-                cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                limit=64 << 20,
-            )  # fmt: skip
-            nodes.append(Node(process))
-        leader = None
-        while leader is None:
-            for node in nodes:
-                if (await node.ask(status=True))["leading"]:
-                    leader = node
-        yield leader, [node for node in nodes if node is not leader]
-    finally:
-        for node in nodes:
-            node.process.kill()
-            await node.process.wait()
-
-
-async def to_followers(leader: Node, followers: list[Node]) -> dict[str, float]:
-    """From the proposer's answer until each follower's loop was told."""
-    for follower in followers:
-        await follower.tell(watch=True)
-    known = await leader.ask(probe=True)
-    waits: list[float] = []
-    for follower in followers:
-        await follower.tell(over=True)
-        applied = await follower.hear()
-        waits += [1e3 * (applied[index] - at) for index, at in known.items() if index in applied]
-    waits.sort()
-    return {
-        "p50_ms": waits[len(waits) // 2],
-        "p99_ms": waits[int(len(waits) * 0.99)],
-        "worst_ms": waits[-1],
-        "seen": len(waits),
-    }
-
-
-@contextlib.asynccontextmanager
-async def etcd_nodes(folder: Path, program: str):  # type: ignore[no-untyped-def]  # a bench
-    members = free_members(6)
-    peers = ",".join(f"e{n}=http://127.0.0.1:{members[n].port}" for n in range(3))
-    processes = []
-    try:
-        for n in range(3):
-            client = f"http://127.0.0.1:{members[3 + n].port}"
-            peer = f"http://127.0.0.1:{members[n].port}"
-            processes.append(
-                await asyncio.create_subprocess_exec(
-                    program,
-                    "--name",
-                    f"e{n}",
-                    "--data-dir",
-                    str(folder / f"e{n}"),
-                    "--listen-client-urls",
-                    client,
-                    "--advertise-client-urls",
-                    client,
-                    "--listen-peer-urls",
-                    peer,
-                    "--initial-advertise-peer-urls",
-                    peer,
-                    "--initial-cluster",
-                    peers,
-                    "--log-level",
-                    "error",
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=asyncio.subprocess.DEVNULL,
-                )
-            )
-        yield await etcd_leader([f"http://127.0.0.1:{members[3 + n].port}" for n in range(3)])
-    finally:
-        for process in processes:
-            process.kill()
-            await process.wait()
-
-
-async def etcd_leader(urls: list[str]) -> str:
-    """The client URL of the node that leads: ours is measured at its leader too."""
-    deadline = time.monotonic() + 60
-    async with httpx.AsyncClient() as client:
-        while time.monotonic() < deadline:
-            for url in urls:
-                with contextlib.suppress(httpx.HTTPError, KeyError):
-                    answer = (await client.post(f"{url}/v3/maintenance/status", json={})).json()
-                    if answer["leader"] == answer["header"]["member_id"]:
-                        return url
-            await asyncio.sleep(0.1)
-    raise TimeoutError("etcd elects no leader")
-
-
-async def etcd_write(url: str, clients: int, seconds: float) -> dict[str, float]:
-    """A closed loop of raw HTTP/1.1 over kept connections: no client library in the way."""
-    host, _, port = url.removeprefix("http://").partition(":")
-    value = base64.b64encode(bytes(VALUE_BYTES)).decode()
-    body = json.dumps({"key": base64.b64encode(b"k").decode(), "value": value}).encode()
-    request = (
-        f"POST /v3/kv/put HTTP/1.1\r\nHost: e\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    ).encode() + body
-    idle = [await asyncio.open_connection(host, int(port)) for _ in range(clients)]
-
-    async def put() -> None:
-        reader, writer = connection = idle.pop()
-        writer.write(request)
-        head = await reader.readuntil(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 200"), head
-        length = next(
-            int(row.partition(b":")[2])
-            for row in head.lower().split(b"\r\n")
-            if row.startswith(b"content-length")
-        )
-        await reader.readexactly(length)
-        idle.append(connection)
-
-    figures = await closed_loop(clients, seconds, put)
-    for _, writer in idle:
-        writer.close()
-    return figures
-
-
-async def one_round(seconds: float, etcd: str | None) -> dict[str, dict[str, float]]:
-    """Everything once, on fresh folders."""
-    figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        async with our_nodes(Path(folder), 3) as (leader, followers):
-            for clients in (1, 32):
-                figures[f"write {clients:2}"] = await leader.ask(write=clients, seconds=seconds)
-            for clients in (1, 32):
-                figures[f"read  {clients:2}"] = await leader.ask(read=clients, seconds=seconds)
-            figures["to followers"] = await to_followers(leader, followers)
-    with tempfile.TemporaryDirectory() as folder:
-        async with our_nodes(Path(folder), 1) as (leader, _):
-            for clients in (1, 32):
-                figures[f"alone {clients:2}"] = await leader.ask(write=clients, seconds=seconds)
-    if etcd is not None:
+async def one_round(number: int, seconds: float, etcd: bool) -> Round:
+    """Everything once, on fresh folders; who begins changes from round to round."""
+    contenders = [log_alone, whole_way, peer][: 2 + etcd]
+    first = number % len(contenders)
+    found: Round = {}
+    for contender in contenders[first:] + contenders[:first]:
         with tempfile.TemporaryDirectory() as folder:
-            async with etcd_nodes(Path(folder), etcd) as url:
-                for clients in (1, 32):
-                    figures[f"etcd  {clients:2}"] = await etcd_write(url, clients, seconds)
-    return figures
+            found |= await contender(Path(folder), seconds)
+    return found
 
 
-def report(rounds: list[dict[str, dict[str, float]]]) -> None:
-    """Medians over the rounds, and the ratios of each round."""
-    print(f"3 nodes, {VALUE_BYTES} bytes, TLS + fsync, client in the leader; {len(rounds)} rounds")
-    for row in rounds[0]:
-        cells = [
-            f"{name} {statistics.median(each[row][name] for each in rounds):,.2f}"
-            for name in rounds[0][row]
-        ]
-        print(f"  {row:13} {'  '.join(cells)}")
-    for clients in (1, 32):
-        if f"etcd  {clients:2}" not in rounds[0]:
-            print("  etcd is not installed: no ratio (Debian: apt install etcd-server)")
-            return
-        ratios = [
-            each[f"write {clients:2}"]["per_s"] / each[f"etcd  {clients:2}"]["per_s"]
-            for each in rounds
-        ]
-        print(
-            f"  ours / etcd (HTTP gateway), {clients} in flight: "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+async def restarts(entries: int, rounds: int, etcd: bool) -> list[dict[str, list[float]]]:
+    """Ours, then etcd's."""
+    found = []
+    for kind in range(1 + etcd):
+        with tempfile.TemporaryDirectory() as folder:
+            cluster = log_faults.clusters(Path(folder), etcd)[kind]
+            found.append(await log_faults.restarts(cluster, entries, rounds))
+    return found
 
 
-def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["--member"]:
-        asyncio.run(member(*arguments[1:]))
-        return
+async def run(options: argparse.Namespace) -> str:
+    """The whole, as markdown."""
+    etcd = shutil.which("etcd") is not None
+    began, load = time.time(), os.getloadavg()[0]
+    rounds = []
+    for number in range(options.runs):
+        rounds.append(await one_round(number, options.seconds, etcd))
+        print(f"round {number + 1} done", file=sys.stderr, flush=True)
+    loads = [load, os.getloadavg()[0]]
+    ours, theirs = await log_faults.failovers(
+        options.failovers, options.etcd_failovers if etcd else 0
+    )
+    print("failovers done", file=sys.stderr, flush=True)
+    restarted = await restarts(options.entries, options.restarts, etcd)
+    loads.append(os.getloadavg()[0])
+    head = log_report.Head(time.strftime("%Y-%m-%d"), time.time() - began, loads,
+                           options.entries, await version() if etcd else "")
+    return log_report.markdown(head, rounds, (ours, theirs), restarted)
+
+
+async def version() -> str:
+    """etcd's own."""
+    process = await asyncio.create_subprocess_exec("etcd", "--version", stdout=-1)
+    said, _ = await process.communicate()
+    return said.decode().partition("\n")[0].rpartition(" ")[2]
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    options = parser.parse_args(arguments)
-    etcd = shutil.which("etcd")
-    rounds = [asyncio.run(one_round(options.seconds, etcd)) for _ in range(options.runs)]
-    report(rounds)
+    parser.add_argument("--runs", type=int, default=5, help="rounds of the closed loops")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each closed loop")
+    parser.add_argument("--failovers", type=int, default=50)
+    parser.add_argument("--etcd-failovers", type=int, default=20)
+    parser.add_argument("--entries", type=int, default=100_000, help="before a restart")
+    parser.add_argument("--restarts", type=int, default=3)
+    parser.add_argument("--docs", action="store_true", help="put it into docs/benchmarks.md")
+    options = parser.parse_args()
+    text = asyncio.run(run(options))
+    print(text)
+    if options.docs:
+        log_report.put_into_docs(text)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -13,7 +13,10 @@ from pathlib import Path
 from grpc_tools import protoc
 
 PROTOS = Path(__file__).resolve().parent
-PACKAGES = {"containerd": "reconciler/executor/containerd/generated"}
+PACKAGES = {
+    "containerd": "reconciler/executor/containerd/generated",
+    "etcd": "bench/etcd_generated",
+}
 
 
 def generate(out: Path) -> None:

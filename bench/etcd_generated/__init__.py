@@ -1,0 +1,1 @@
+"""Messages generated from protos/etcd: run protos/generate.py."""
