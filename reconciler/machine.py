@@ -13,7 +13,8 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ from reconciler.node_remains import end_companions
 DATA = Path("/var/lib/mill")
 API_PORT, LOG_PORT, AGENT_PORT, HTTP_PORT, HTTPS_PORT = 4400, 4401, 4402, 80, 443
 """What a machine's node listens on (contracts: Ports and files)."""
+LOOK_S = 10.0
+"""For a look at the machine's links, which takes milliseconds."""
 PROGRAMS = {"containerd": "containerd", "runc": "runc", "ip": "iproute2", "nft": "nftables",
             "nsenter": "util-linux"}
 
@@ -152,8 +155,13 @@ def configure(place: Place, node: Peer, cluster: str, **more: object) -> NodeCon
     return config
 
 
-def found(place: Place, name: str, host: str) -> Founded:
-    """Make this machine the first node of a new cluster. It serves once its agent runs."""
+def found(
+    place: Place, name: str, host: str, remember: Callable[[Founded], None]
+) -> Founded:
+    """Make this machine the first node of a new cluster. It serves once its agent runs.
+
+    `remember` keeps the token, which nobody else has, before the machine is a node for good.
+    """
     place.must_be_empty()
     authority = create_ca()
     cluster = f"mill-{secrets.token_hex(3)}"
@@ -166,10 +174,12 @@ def found(place: Place, name: str, host: str) -> Founded:
                                               names=("localhost",)))
     write_private(folder / "cluster.key", secrets.token_bytes(32))
     node = me(name, 1, host)
+    founded = Founded(cluster, name, f"https://{node.api}", token, authority.cert_pem)
+    remember(founded)
     configure(place, node, cluster, authority=str(folder / "founding"),
               token_id="init",  # noqa: S106  a name, not a password
               token_sha256=hashlib.sha256(token.encode()).hexdigest())
-    return Founded(cluster, name, f"https://{node.api}", token, authority.cert_pem)
+    return founded
 
 
 def identity_ips(host: str) -> tuple[str, ...]:
@@ -227,14 +237,28 @@ async def forget(place: Place, config: NodeConfig) -> None:
 
 
 def _default_address() -> str:
-    """The address from which this machine reaches others; connecting UDP sends nothing."""
+    """The address from which this machine reaches others; connecting UDP sends nothing.
+
+    Without a default route it is the machine's only address, where it has no more than one.
+    """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect(("192.0.2.1", 9))  # TEST-NET-1, RFC 5737: only a route is looked up
             return str(probe.getsockname()[0])
     except OSError as error:
+        found = _global_addresses()
+        if len(found) == 1:
+            return found[0]
+        told = ", ".join(found) or "none"
         raise Malformed("this machine has no default route to tell its address from",
-                        hint="name it with --advertise IP") from error
+                        hint=f"name it with --advertise IP; it has {told}") from error
+
+
+def _global_addresses() -> tuple[str, ...]:
+    """This machine's IPv4 addresses that others may reach."""
+    done = subprocess.run(["ip", "-4", "-o", "address", "show", "scope", "global"],
+                          capture_output=True, text=True, check=False, timeout=LOOK_S)
+    return tuple(sorted({line.split()[3].partition("/")[0] for line in done.stdout.splitlines()}))
 
 
 def _private(path: str, flags: int) -> int:

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import structlog
 
-from reconciler.errors import MillError
+from reconciler.errors import Conflict, MillError
 from reconciler.executor.containerd import network
 from reconciler.executor.containerd.daemon import start_daemon
+from reconciler.executor.containerd.network_command import ip
 from reconciler.log import recover as log_recover
 from reconciler.log import rejoin as log_rejoin
 from reconciler.log.settings import Member
 from reconciler.machine import Place, only_agent
 from reconciler.node import SWITCH_S, log_failure, log_to, run_until_stopped
 from reconciler.node_config import NodeConfig
+from reconciler.node_remains import end_companions, end_containers
+from reconciler.node_removal import is_removed
 
 log = structlog.get_logger("mill.agent")
 
@@ -28,6 +31,10 @@ def run(place: Place, config: NodeConfig, *, recover: bool = False, rejoin: bool
     sys.setswitchinterval(SWITCH_S)
     with only_agent(place):
         try:
+            if is_removed(place.folder):
+                raise Conflict(f"{config.name} was removed from {config.cluster}",
+                               at=str(place.folder), hint="clean this machine: mill leave; it "
+                               "can join again after that")
             if recover:
                 _recover(config)
             if rejoin:
@@ -35,15 +42,33 @@ def run(place: Place, config: NodeConfig, *, recover: bool = False, rejoin: bool
                 log.warning("log_moved_aside", node=config.name, to=", ".join(moved))
             Path(config.run).mkdir(mode=0o700, parents=True, exist_ok=True)
             start_daemon(place.containerd)
-            asyncio.run(network.keep_host_namespace(Path(config.host_netns)))
+            asyncio.run(_prepare_network(config))
         except (MillError, OSError) as error:
             log_failure(config, error)
             return 1
-        return run_until_stopped(config)
+        code = run_until_stopped(config)
+        if is_removed(place.folder):
+            # Nobody counts on them any more, and what is a service's only one runs elsewhere.
+            asyncio.run(_end_all(place, config))
+        return code
+
+
+async def _end_all(place: Place, config: NodeConfig) -> None:
+    await end_companions(config)
+    await end_containers(config, place.containerd)
+
+
+async def _prepare_network(config: NodeConfig) -> None:
+    # A namespace that stands for a machine begins with it down; a machine does not reach itself
+    # then, not even at its other addresses.
+    await ip(None, "link set lo up")
+    await network.keep_host_namespace(Path(config.host_netns))
 
 
 def _recover(config: NodeConfig) -> None:
     """Make this node the only voter of what its own log holds."""
     member = Member(config.name, config.me.host, config.me.log_port)
     last = log_recover.recover(Path(config.data) / "log", member)
+    # Its agent may have obeyed a leader of a later term, which is lost with the others.
+    (Path(config.data) / "agent.term").unlink(missing_ok=True)
     log.warning("recovered", node=config.name, index=last.index, term=last.term)

@@ -5,6 +5,7 @@ What is half done is done again with the same key, so that a lost answer costs n
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,14 @@ class Joined:
     ca_pem: bytes
 
 
-async def join(place: Place, address: str, token: str, name: str, host: str, say: Say) -> Joined:
-    """Make this machine a node of the cluster at `address` (host or host:port)."""
+async def join(
+    place: Place, address: str, token: str, name: str, host: str, say: Say,
+    remember: Callable[[Joined], None],
+) -> Joined:
+    """Make this machine a node of the cluster at `address` (host or host:port).
+
+    `remember` keeps what the node's context is made of, before the machine is a node for good.
+    """
     parsed = parse_join_token(token)
     at = address if ":" in address else f"{address}:{API_PORT}"
     at = at.removeprefix("https://").rstrip("/")
@@ -59,12 +66,14 @@ async def join(place: Place, address: str, token: str, name: str, host: str, say
     # What an earlier node on this machine left would carry another number.
     await network.sweep(place.tag)
     node = me(name, answer.number, host)
+    others = tuple(f"https://{n.api}" for n in answer.nodes if n.name != name)
+    joined = Joined(answer.cluster, name, answer.number, (f"https://{node.api}", *others),
+                    local_token(cluster_key), identity.ca_pem)
+    remember(joined)
     configure(place, node, answer.cluster, members=tuple(
         LogMember(m.name, m.host, m.port) for m in answer.members if m.name != name))
     (place.folder / "joining.key").unlink(missing_ok=True)
-    others = tuple(f"https://{n.api}" for n in answer.nodes if n.name != name)
-    return Joined(answer.cluster, name, answer.number, (f"https://{node.api}", *others),
-                  local_token(cluster_key), identity.ca_pem)
+    return joined
 
 
 def _key(place: Place, name: str, host: str) -> bytes:
@@ -87,15 +96,21 @@ def _request(token: JoinToken, name: str, host: str, key_pem: bytes) -> JoinRequ
 
 
 async def _cluster_key(answer: JoinAnswer, identity: Identity, name: str) -> bytes:
-    """The cluster's key, from whichever node gives it; it crosses mutual TLS alone."""
+    """The cluster's key, from whichever node gives it first: one that is down is asked in vain for
+    half a minute. It crosses mutual TLS alone."""
     credentials = Credentials(identity.ca_pem, identity.cert_pem, identity.key_pem)
     last: MillError = Unavailable("no node of the cluster gave its key",
                                   hint="is port 4402 of its nodes reachable from here?")
-    for node in answer.nodes:
-        if node.name != name:
+    asked = [asyncio.ensure_future(fetch_cluster_key(node.agent, node.name, credentials))
+             for node in answer.nodes if node.name != name]
+    try:
+        for first in asyncio.as_completed(asked):
             try:
-                return await fetch_cluster_key(node.agent, node.name, credentials)
+                return await first
             except MillError as error:
                 last = error
+    finally:
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
     raise last
-

@@ -9,10 +9,11 @@ import signal
 from collections.abc import Callable
 
 from reconciler.api.client import Client
-from reconciler.api.local_token import local_token
-from reconciler.errors import Conflict, MillError, NotFound, Unavailable
+from reconciler.api.connection import NoAnswer, Refused
+from reconciler.errors import Conflict, MillError, Unavailable
 from reconciler.machine import Place, agent_pid, forget
 from reconciler.node_config import NodeConfig
+from reconciler.node_removal import client, is_removed
 
 Say = Callable[[str], None]
 Confirm = Callable[[str], None]
@@ -28,32 +29,34 @@ async def leave(
     if force:
         confirm(f"This forgets {config.name} and all that runs on this machine. If "
                 f"{config.cluster} still lives: mill remove {config.name} there.")
-    elif await _is_last(place, config):
+    elif is_removed(place.folder):
+        say(f"{config.cluster} has removed {config.name} before")
+    elif (names := await _names(config)) == {config.name}:
         confirm(f"{config.name} is the last node of {config.cluster}: with it all of its services, "
                 "secrets and history are gone.")
-    else:
-        await _out_of_the_cluster(place, config, timeout, say)
+    elif config.name in names:
+        await _out_of_the_cluster(config, timeout, say)
     await _end_agent(place)
     say("cleaning this machine ...")
     await forget(place, config)
 
 
-async def _is_last(place: Place, config: NodeConfig) -> bool:
-    async with _client(place, config) as client:
+async def _names(config: NodeConfig) -> set[str]:
+    """The nodes of the cluster."""
+    async with _client(config) as asking:
         try:
-            nodes = (await client.nodes()).nodes
+            return {node.name for node in (await asking.nodes()).nodes}
         except Unavailable as error:
             raise Unavailable(
                 f"the cluster does not answer: {error.what}",
                 hint="start this node's agent; where the cluster is gone for good: "
                      "mill leave --force") from error
-    return [node.name for node in nodes] == [config.name]
 
 
-async def _out_of_the_cluster(place: Place, config: NodeConfig, timeout: str, say: Say) -> None:
-    async with _client(place, config) as client:
+async def _out_of_the_cluster(config: NodeConfig, timeout: str, say: Say) -> None:
+    async with _client(config) as asking:
         try:
-            async with contextlib.aclosing(client.drain(config.name, timeout)) as steps:
+            async with contextlib.aclosing(asking.drain(config.name, timeout)) as steps:
                 async for step in steps:
                     if step.phase == "moved":
                         say(f"{step.service}: {step.alloc} moved to {step.node}")
@@ -62,17 +65,20 @@ async def _out_of_the_cluster(place: Place, config: NodeConfig, timeout: str, sa
                             f"{config.name} is not empty: {step.reason}",
                             hint="make room elsewhere and try again; mill undrain "
                                  f"{config.name} takes it back")
-            await client.remove_node(config.name)
-        except NotFound:
-            pass  # removed already: an earlier attempt came as far as this
+            await asking.remove_node(config.name)
+        except (NoAnswer, Refused):
+            # Whoever was asked may be this node, which ends once it is removed; or an attempt
+            # before this one has removed it since.
+            if config.name in await _names(config):
+                raise
     say(f"{config.cluster} has removed {config.name}")
 
 
-def _client(place: Place, config: NodeConfig) -> Client:
-    """Asks this node first, as its root; then those that it knew when it joined."""
-    token = local_token((place.folder / "cluster.key").read_bytes())
-    ca = (place.folder / "identity" / "ca.pem").read_bytes()
-    return Client([f"https://{config.me.api}"], token, ca=ca)
+def _client(config: NodeConfig) -> Client:
+    """Asks this node first, as its root; then those that it knew."""
+    found = client(config, own=True)
+    assert found is not None
+    return found
 
 
 async def _end_agent(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator
 
 import httpx
@@ -28,6 +29,18 @@ WRITE_ANSWER_S = 660.0
 """A scale, restart or rollback waits up to ten minutes for its turn before it is told."""
 STREAM_SILENCE_S = 60.0
 """Four missed comments: the leader is gone."""
+DEPOSED_S = 3.0
+"""Whom another has replaced for so long, and who has not answered, will not: it sleeps."""
+LOOK_S = 0.5
+CUT_OFF = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 3),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 6_000),
+)
+"""A leader behind a cut cable says nothing, not even that: after six seconds its streams and
+answers are given up (tcp(7); seconds, but the last in milliseconds)."""
 MAX_CONNECTIONS = 1_000
 MAX_IDLE_CONNECTIONS = 16
 """httpcore walks all connections once for each idle one, at every request."""
@@ -50,12 +63,15 @@ class Forwarder:
         self._site = site
         self._client = httpx.AsyncClient(
             trust_env=False,
-            verify=client_context(site.backend.ca),
             # Reading has deadlines of its own below: waiting for an answer is not silence.
             timeout=httpx.Timeout(STREAM_SILENCE_S, connect=CONNECT_S, read=None),
-            limits=httpx.Limits(
-                max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_IDLE_CONNECTIONS,
-                keepalive_expiry=IDLE_CONNECTION_S,
+            transport=httpx.AsyncHTTPTransport(
+                verify=client_context(site.backend.ca), trust_env=False, socket_options=CUT_OFF,
+                limits=httpx.Limits(
+                    max_connections=MAX_CONNECTIONS,
+                    max_keepalive_connections=MAX_IDLE_CONNECTIONS,
+                    keepalive_expiry=IDLE_CONNECTION_S,
+                ),
             ),
         )
 
@@ -73,13 +89,28 @@ class Forwarder:
         deadline_s = READ_ANSWER_S if call.serve == "read" else WRITE_ANSWER_S
         try:
             async with asyncio.timeout(deadline_s):
-                answer = await self._client.send(upstream, stream=True)
+                answer = await self._answer(upstream)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise NoLeader("the leader cannot be reached; nothing happened",
                            hint="try again in a moment") from error
         except (httpx.HTTPError, TimeoutError) as error:
             raise _open_outcome(call) from error
         return await self._relay(call, answer)
+
+    async def _answer(self, upstream: httpx.Request) -> httpx.Response:
+        """Of the leader; TimeoutError where it was replaced meanwhile and says nothing."""
+        asked = self._site.backend.ledger.leader
+        sending = asyncio.ensure_future(self._client.send(upstream, stream=True))
+        left_s = DEPOSED_S
+        try:
+            while not (await asyncio.wait({sending}, timeout=LOOK_S))[0]:
+                left_s = DEPOSED_S if self._site.backend.ledger.leader in (None, asked) \
+                    else left_s - LOOK_S
+                if left_s <= 0:
+                    raise TimeoutError
+            return await sending
+        finally:
+            sending.cancel()
 
     def _leader_url(self, request: Request) -> httpx.URL:
         backend = self._site.backend

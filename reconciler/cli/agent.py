@@ -17,6 +17,7 @@ from reconciler.cli.settings import Command, Settings, pass_settings
 from reconciler.errors import Conflict, Malformed
 
 if TYPE_CHECKING:
+    from reconciler.machine import Place
     from reconciler.node_config import NodeConfig
 
 DATA = "/var/lib/mill"
@@ -43,9 +44,10 @@ def init(settings: Settings, data: Path, advertise: str, name: str) -> None:
     machine.check_machine()
     place = machine.Place(data)
     place.must_be_empty()
-    founded = machine.found(place, _named(name), machine.advertised(advertise))
-    contexts.select(founded.cluster, contexts.Cluster(
-        (founded.address,), founded.token, ca=founded.ca_pem.decode()))
+    founded = machine.found(
+        place, _named(name), machine.advertised(advertise),
+        lambda it: contexts.select(it.cluster, contexts.Cluster(
+            (it.address,), it.token, ca=it.ca_pem.decode())))
     if settings.json:
         document({"cluster": founded.cluster, "node": founded.node, "address": founded.address,
                   "token": founded.token})
@@ -76,9 +78,9 @@ def join(settings: Settings, at: str, data: Path, advertise: str, name: str) -> 
     place.must_be_empty()
     joined = _run(machine_joining.join(
         place, at, settings.token, _named(name), machine.advertised(advertise),
-        lambda text: _say(settings, f"  {text}")))
-    contexts.select(joined.cluster, contexts.Cluster(
-        joined.addresses, joined.token, ca=joined.ca_pem.decode()))
+        lambda text: _say(settings, f"  {text}"),
+        lambda it: contexts.select(it.cluster, contexts.Cluster(
+            it.addresses, it.token, ca=it.ca_pem.decode()))))
     if settings.json:
         document({"cluster": joined.cluster, "node": joined.node, "number": joined.number,
                   "address": joined.addresses[0]})
@@ -108,7 +110,7 @@ def agent(settings: Settings, data: Path, recover: bool, rejoin: bool) -> int:
     config = place.config()
     _leave_private_mounts()
     if recover:
-        _confirm_recovery(config)
+        _confirm_recovery(place, config)
     from reconciler import machine_agent
 
     return machine_agent.run(place, config, recover=recover, rejoin=rejoin)
@@ -136,13 +138,32 @@ def leave(settings: Settings, data: Path, timeout: str, force: bool, yes: bool) 
         if not yes:
             _typed(what, config.name)
 
+    _warnings_only()
     _run(machine_leaving.leave(place, config, timeout, force, told, confirm))
-    contexts.forget(config.cluster)
-    _say(settings, f"  {config.name} has left; nothing of mill is on this machine any more")
+    # Whoever administers several machines from here goes on with the rest.
+    kept = contexts.forget_node(config.cluster, f"https://{config.me.api}")
+    _say(settings, f"  {config.name} has left; nothing of mill is on this machine any more",
+         *([f"  but for the context {config.cluster} in {contexts.path()}, which asks its other "
+            "nodes"] if kept else []))
     return 0
 
 
-def _confirm_recovery(config: NodeConfig) -> None:
+def _warnings_only() -> None:
+    """What a command does is said by itself; what its parts log is not for its output."""
+    import logging
+
+    import structlog
+
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+
+
+def _confirm_recovery(place: Place, config: NodeConfig) -> None:
+    """Only what is lost is recovered: not beside an agent that runs, or a majority that lives."""
+    from reconciler.machine_recovery import refuse_while_it_lives
+
+    _run(refuse_while_it_lives(place, config))
     _typed(
         f"This makes {config.name} the only voter of {config.cluster}. What the lost nodes had "
         "acknowledged\nand this one never received is gone. The other nodes must never run again "
@@ -171,8 +192,8 @@ def _leave_private_mounts() -> None:
     root = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     os.execvp("nsenter", [  # noqa: S606  this very command again
-        "nsenter", f"--mount=/proc/{caller}/ns/mnt", "--wdns", str(Path.cwd()), "--",
-        sys.executable, *sys.argv,
+        "nsenter", f"--mount=/proc/{caller}/ns/mnt", f"--wdns={Path.cwd()}", "--",
+        sys.executable, *sys.orig_argv[1:],
     ])
 
 

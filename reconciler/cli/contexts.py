@@ -11,7 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reconciler.api.address import base_url
@@ -113,6 +113,19 @@ def forget(name: str) -> None:
         known.clusters.pop(name, None)
         if known.current == name:
             known.current = ""
+
+
+def forget_node(name: str, address: str) -> bool:
+    """Ask that node no more; whether others are left to ask. With none the context goes too."""
+    with _changing() as known:
+        cluster = known.clusters.get(name)
+        rest = tuple(a for a in cluster.addresses if base_url(a) != base_url(address)) \
+            if cluster is not None else ()
+        if cluster is not None and rest:
+            known.clusters[name] = replace(cluster, addresses=rest)
+            return True
+    forget(name)
+    return False
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,8 @@ class Machines:
     registry: str
     agents: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     made: set[int] = field(default_factory=set)
+    by_hand: bool = False
+    """Commands go through `ip netns exec`, which hides the cgroups, and share one home."""
 
     def data(self, number: int) -> Path:
         """The data folder of a node."""
@@ -55,9 +58,10 @@ class Machines:
 
     def env(self, number: int) -> list[str]:
         """What a command is started with on a machine: a home of its own."""
-        home = self.folder / f"home-{number}"
+        home = self.folder / ("home" if self.by_hand else f"home-{number}")
         home.mkdir(exist_ok=True)
-        return ["env", f"HOME={home}", f"PYTHONPATH={ROOT}", "NO_COLOR=1"]
+        into = ["ip", "netns", "exec", self.lab.machine(number).name] if self.by_hand else []
+        return [*into, "env", f"HOME={home}", f"PYTHONPATH={ROOT}", "NO_COLOR=1"]
 
     def call(
         self, number: int, *words: str, typed: str = "", timeout_s: float = 150.0
@@ -128,6 +132,34 @@ class Machines:
         """SIGKILL the agent; what it started goes on."""
         self.signal(number, signal.SIGKILL)
         self.agents.pop(number).wait(30)
+
+    def reboot(self, number: int) -> None:
+        """The machine loses its processes, its namespaces and what is below /run; it stays off."""
+        tag, data = self.place(number).tag, str(self.data(number))
+        process = self.agents.pop(number)
+        for pid in self.processes(number):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(30)
+        for mount in sorted(_mounts_below(f"{data}/", f"/run/mill-{tag}/"), reverse=True):
+            subprocess.run(["umount", "--lazy", mount], check=True)
+        for path in Path("/run/netns").glob(f"mill-{tag}-*"):
+            subprocess.run(["ip", "netns", "delete", path.name], check=True)
+        shutil.rmtree(f"/run/mill-{tag}")
+        self.lab.run(number, ["nft", "flush", "ruleset"])
+
+    def processes(self, number: int) -> list[int]:
+        """All that runs on the machine but its registry: the node's, and its containers."""
+        tag = self.place(number).tag
+        names = [self.lab.machine(number).netns,
+                 *map(str, Path("/run/netns").glob(f"mill-{tag}-*"))]
+        inodes = {Path(name).stat().st_ino for name in names}
+        found = set(_processes_with(f"mill-{tag}"))
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (entry / "ns" / "net").stat().st_ino in inodes:
+                    found.add(int(entry.name))
+        return sorted(pid for pid in found if "docker-registry" not in command_of(pid))
 
     def signal(self, number: int, which: signal.Signals) -> None:
         """Signal the agent's process."""
@@ -250,6 +282,30 @@ def machines(count: int, folder: Path, images: Path) -> Iterator[Machines]:
             yield all_of_them
         finally:
             all_of_them.forget()
+
+
+def _processes_with(mark: str) -> list[int]:
+    """Processes with that in their command line: what a node started, containers' too."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            groups = (entry / "cgroup").read_text()
+            if mark in command_of(int(entry.name)) or f"/{mark}/" in groups:
+                found.append(int(entry.name))
+    return found
+
+
+def command_of(pid: int) -> str:
+    """A process's command line; "" for one that is gone."""
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def _mounts_below(*folders: str) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [point for line in lines if (point := line.split()[4]).startswith(folders)]
 
 
 def published(folder: Path) -> Path:

@@ -38,10 +38,20 @@ class Terms:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self._path)
+            _sync(self._path.parent)  # else a power cut may bring the older one back
         except OSError as error:
             log.warning("term_not_kept", path=str(self._path), reason=str(error))
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _private(path: str, flags: int) -> int:
