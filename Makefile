@@ -40,6 +40,7 @@ bench: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python -m tests.sim.soak --goal 10000
+	$(BIN)/python -m tests.proof.rounds --rounds 50
 
 soak-mutants: $(STAMP)
 	$(BIN)/python -m tests.sim.mutants

@@ -261,7 +261,7 @@ class Node:
         agent = AgentServer(
             self.config.name, supervisor, runtime, runtime, self._beat, lambda: self.replica.term,
             nodes=lambda: self.ledger.state.nodes, custody=self.authority,
-            kept=Terms(self.data / "agent.term"))
+            kept=Terms(self.data / "agent.term"), confirm=self.replica.confirm_leader)
         await supervisor.recover(group)
         me, identity = self.config.me, self.kept.identity
         await agent.start(f"{me.host}:{me.agent_port}", identity.ca_pem, identity.cert_pem,

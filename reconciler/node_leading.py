@@ -98,7 +98,8 @@ class Leading:
             await asyncio.sleep(AGAIN_S)
 
     async def _lead(self, term: int) -> None:
-        self.links = Links(self.ledger, self.config.name, self.credentials(), self.clock)
+        self.links = Links(self.ledger, self.config.name, self.credentials(), self.clock,
+                           led=lambda: self.replica.is_followed)
         bring = Bring(self.ledger, self._start_commit, self._count_services)
         sources = Sources(self.ledger, self.poller.look, bring, self.read_secret)
         self.sources = sources

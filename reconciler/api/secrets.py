@@ -55,8 +55,8 @@ async def set_secret(asked: Asked) -> Response:
     index = await backend.ledger.propose(
         SetSecret(name, nonce, seal(backend.cluster_key, nonce, name, value))
     )
-    secret = _known(asked.state, name)
-    return replies.json(SecretSet(index=index, name=name, version=secret.versions[-1].version))
+    return replies.json(SecretSet(index=index, name=name,
+                                  version=_version_of(asked.state, name, nonce)))
 
 
 async def get_secret(asked: Asked) -> Response:
@@ -76,6 +76,14 @@ async def delete_secret(asked: Asked) -> Response:
     secret = _known(asked.state, asked.path("name"))
     index = await asked.backend.ledger.propose(DeleteSecret(secret.name))
     return replies.json(Removed(index=index, name=secret.name))
+
+
+def _version_of(state: State, name: str, nonce: bytes) -> int:
+    """The version that this very write became: it may not be the newest by now, so it is known by
+    its nonce. 0 where it is gone already: deleted, or overtaken by many."""
+    secret = state.secrets.get(name)
+    versions = secret.versions if secret else ()
+    return next((each.version for each in versions if each.nonce == nonce), 0)
 
 
 def _known(state: State, name: str) -> Secret:

@@ -143,9 +143,17 @@ class Link:
 
 
 class Links:
-    """Links to all nodes of the state, while this node leads in `term`."""
+    """Links to all nodes of the state, while this node leads in `term`.
 
-    def __init__(self, ledger: Ledger, me: str, credentials: Credentials, clock: Clock) -> None:
+    `led`: whether it surely leads at this moment. Asked before each order, for a process that was
+    paused wakes with orders in its hands.
+    """
+
+    def __init__(
+        self, ledger: Ledger, me: str, credentials: Credentials, clock: Clock,
+        led: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._led = led
         self._ledger = ledger
         self._me = me
         self._credentials = credentials
@@ -256,7 +264,7 @@ class Links:
             response_deserializer=decode_report,
         )(wait_for_ready=False)
         await call.write(Hello(term, self._me))
-        sender = asyncio.create_task(_send(call, link.orders))
+        sender = asyncio.create_task(_send(call, link.orders, self._led))
         # Without its sender a session is deaf: it ends, and the next one starts from what is.
         sender.add_done_callback(lambda _: call.cancel())
         try:
@@ -268,11 +276,15 @@ class Links:
 
 
 async def _send(
-    call: grpc.aio.StreamStreamCall[Order, Report], orders: asyncio.Queue[Order]
+    call: grpc.aio.StreamStreamCall[Order, Report], orders: asyncio.Queue[Order],
+    led: Callable[[], bool],
 ) -> None:
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
         while True:
-            await call.write(await orders.get())
+            order = await orders.get()
+            if not led():
+                return  # as after a pause: what was decided before it may be over
+            await call.write(order)
 
 
 class LogReader:

@@ -145,6 +145,10 @@ class Engine:
         if self._ended:
             raise NotLeader
 
+    def is_followed(self) -> bool:
+        """In any thread: as `Members.is_followed`."""
+        return self.raft.members.is_followed()
+
     def progress(self) -> dict[str, Progress]:
         """Of the other members, where this node leads."""
         return self.raft.members.progress()

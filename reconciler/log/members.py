@@ -149,6 +149,17 @@ class Members:
             for peer in self.followers
         }
 
+    def is_followed(self) -> bool:
+        """Whether a majority of the voters, this leader among them, has answered it within the time
+        after which it would let go. From any thread: a process that slept knows it by the clock,
+        before the raft thread has had its turn."""
+        raft = self._raft
+        if not raft.is_raft_leader:
+            return False
+        since = pinned.now() - raft.conf.leaderFallbackTimeout
+        heard = sum(raft.last_response.get(peer, since) > since for peer in self.voters)
+        return raft.is_majority(1 + heard)
+
     def introduce(self, membership: Membership) -> None:
         """A member knows a newer configuration: let in whom it names, before the log says so."""
         newest = max(self.latest.index, self._introduced.index if self._introduced else 0)

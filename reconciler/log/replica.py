@@ -86,6 +86,14 @@ class Replica:
         return self._status.leading
 
     @property
+    def is_followed(self) -> bool:
+        """Leads, and a majority has answered it within the time after which it would let go.
+
+        Unlike `is_leader` it is false from the first instruction after a long pause on.
+        """
+        return self._engine is not None and self._engine.is_followed()
+
+    @property
     def leader(self) -> str | None:
         """The last known leader's name."""
         return self._status.leader

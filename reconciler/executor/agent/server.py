@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, assert_never
 
@@ -49,6 +50,8 @@ log = structlog.get_logger("mill.agent")
 
 BEAT_S = 1.0
 """Node heartbeat (contracts: Defaults)."""
+CONFIRMED_S = 0.3
+"""Half of the shortest election timeout: so long after a majority answered, nobody else leads."""
 REPORTS = 50_000
 """Reports that may wait for a slow leader; a session that lags further is cut and begins anew
 with an inventory."""
@@ -95,14 +98,15 @@ class AgentServer:
 
     `beat` makes the heartbeat; `floor` is the log's own term; `nodes` are those of the state: while
     there is none, as at the founding, the CA's word is enough. `kept` outlives the process and a
-    log that is lost: without it a start knows only the log's term.
+    log that is lost: without it a start knows only the log's term. `confirm` is the term in which
+    this node, right now, leads; MillError where it does not.
     """
 
     def __init__(
         self, node: str, allocations: Allocations, images: Images, lines: Lines,
         beat: Callable[[], Beat], floor: Callable[[], int],
         nodes: Callable[[], Mapping[str, Node]] = dict, custody: authority.Custody | None = None,
-        kept: Terms | None = None,
+        kept: Terms | None = None, confirm: Callable[[], Awaitable[int]] | None = None,
     ) -> None:
         self._node = node
         self._allocations = allocations
@@ -113,6 +117,7 @@ class AgentServer:
         self._nodes = nodes
         self._custody = custody
         self._kept = kept
+        self._confirm = confirm
         self._term = kept.newest() if kept is not None else 0
         self._outbox: asyncio.Queue[Report] | None = None
         self._current: asyncio.Task[object] | None = None
@@ -227,7 +232,7 @@ class AgentServer:
         outbox: asyncio.Queue[Report] = asyncio.Queue(REPORTS)
         self._outbox = outbox
         log.info("session", leader=hello.leader, term=hello.term)
-        reader = asyncio.create_task(self._obey(orders, hello.term))
+        reader = asyncio.create_task(self._obey(self._valid(orders, hello), hello.term))
         beats = asyncio.create_task(self._beats())
         try:
             yield Inventory(node=self._node, allocs=self._allocations.inventory(),
@@ -249,6 +254,27 @@ class AgentServer:
             if self._outbox is outbox:
                 self._outbox = None
                 self._current = None
+
+    async def _valid(self, orders: AsyncIterator[Order], hello: Hello) -> AsyncIterator[Order]:
+        """The orders of others as they come; this node's own while a majority says that it leads.
+
+        A node that was paused wakes as leader and agent at once: its log still has the term of
+        before, so that nothing but a majority can say that another has led since.
+        """
+        confirmed_at = float("-inf")
+        async for order in orders:
+            now = time.monotonic()
+            if self._confirm is not None and hello.leader == self._node \
+                    and now - confirmed_at > CONFIRMED_S:
+                try:
+                    leads = await self._confirm() == hello.term
+                except MillError:
+                    leads = False
+                if not leads:
+                    log.warning("order_unconfirmed", term=hello.term)
+                    return
+                confirmed_at = now
+            yield order
 
     async def _obey(self, orders: AsyncIterator[Order], term: int) -> None:
         async for order in orders:
