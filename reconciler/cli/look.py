@@ -188,7 +188,7 @@ def _status(answer: StatusAnswer) -> list[str]:
 
 
 def _node(row: NodeRow) -> tuple[str, ...]:
-    role = "leader" if row.leader else "voter" if row.voter else "worker"
+    role = "leader" if row.leader else "voter" if row.voter else "learner"
     return (row.name, row.status, role, f"{cores(row.cpu.used)}/{cores(row.cpu.total)}",
             f"{memory(row.memory.used)}/{memory(row.memory.total)}", str(row.allocations),
             age(row.last_seen), row.address)

@@ -16,7 +16,7 @@ from reconciler.cli.main import COMMANDS, cli
 from reconciler.cli.settings import global_options
 from tests.docs.pages import PAGES, ROOT, fences, inline, name, page, paragraphs
 
-NOT_BUILT = ("init", "join", "agent", "leave")
+NOT_BUILT = ("exec", "spawn", "kill", "hotfix", "volume")
 """May be named where a paragraph says that they are not built."""
 
 _GLOBAL = {flag for option in global_options(hidden=False) for flag in option.opts}
