@@ -27,6 +27,7 @@ from reconciler.log.settings import Member, Settings
 MAX_BUFFERED_BYTES = 16 << 20  # for a peer that does not read; then its connection is closed
 ROOM_BYTES = 2 << 20  # up to here bulk may be queued
 MAX_STRANGERS = 64  # connections without a finished handshake; the oldest goes first
+FULL_S = 0.5  # without a descriptor to spare, so long nobody is accepted
 ACCEPTS_PER_EVENT = 16  # so that a flood of connections leaves time for the members
 RECEIVES_PER_EVENT = 64  # of up to one TLS record (16 KiB) each
 _RECEIVE_BYTES = 64 << 10
@@ -47,6 +48,7 @@ class TlsTransport(PeerTransport):
         self.poller = poller
         self.reload_identity()
         self._listener: socket.socket | None = None
+        self._accepts_at = float("inf")  # when to listen again
         self._strangers: deque[Connection] = deque()
         self._connected: dict[Peer, Connection] = {}
         self._dialled: dict[str, Connection] = {}
@@ -103,6 +105,9 @@ class TlsTransport(PeerTransport):
     def tick(self) -> None:
         """Dial who is missing, close who is silent, read on where reading was cut short."""
         now = pinned.now()
+        if self._listener is not None and self._accepts_at <= now:
+            self._accepts_at = float("inf")
+            self.poller.subscribe(self._listener.fileno(), self._accept, READ)
         for connection in [*self._strangers, *self._dialled.values(), *self._connected.values()]:
             if now - connection.heard_at > self._timing.silence_s:
                 connection.close("silent")
@@ -182,7 +187,11 @@ class TlsTransport(PeerTransport):
         for _ in range(ACCEPTS_PER_EVENT):
             try:
                 accepted, _address = self._listener.accept()
-            except OSError:  # nobody waits, or whoever did is gone, or no descriptor is left
+            except OSError as error:  # nobody waits, or whoever did is gone
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    # epoll would say at once, and for ever, that somebody waits.
+                    self.poller.unsubscribe(self._listener.fileno())
+                    self._accepts_at = pinned.now() + FULL_S
                 return
             if len(self._strangers) >= MAX_STRANGERS:
                 self._strangers[0].close("too many handshakes at once")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pickle
+import resource
 import socket
 import ssl
 import struct
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from reconciler.log import wire
+from reconciler.log.poller import EpollPoller
 from reconciler.log.replica import Replica
+from reconciler.log.transport import TlsTransport
 from tests.log.certificates import Authority
 from tests.log.cluster import Cluster
 
@@ -175,3 +179,30 @@ async def test_silent_strangers_by_the_hundred_change_nothing(target: Target) ->
         await target.cluster.start("node-3")
         index, _ = await target.leader.propose(b"and you?")
         await target.cluster.replicas["node-3"].wait_applied(index, 30.0)
+
+
+def test_without_a_descriptor_to_spare_the_raft_thread_waits_as_always(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, 2)
+    poller = EpollPoller()
+    transport = TlsTransport(cluster.settings("node-1"), poller)
+    transport.tryGetReady()
+    me = cluster.settings("node-1").me
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with socket.create_connection((me.host, me.port)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            turns, until_s = 0, time.monotonic() + 0.4
+            while time.monotonic() < until_s:
+                poller.poll(0.05)
+                turns += 1
+            assert turns < 50  # a spin makes many thousands
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            deadline_s = time.monotonic() + 30
+            while not transport._strangers and time.monotonic() < deadline_s:
+                transport.tick()
+                poller.poll(0.05)
+            assert transport._strangers
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        transport.destroy()
+        poller.close()
