@@ -11,6 +11,7 @@ from reconciler.api import replies
 from reconciler.api.bodies import decode_json, read_manifest
 from reconciler.api.calls import Asked, BadQuery, Call, Query
 from reconciler.api.events import facts, frame, last_event_id
+from reconciler.api.idempotency import key_of
 from reconciler.api.scope import known_service, must_reach, must_reach_all, scope
 from reconciler.api.services import Ask
 from reconciler.api.stream import beside, encode
@@ -26,7 +27,7 @@ from reconciler.api.types import (
     RollbackBody,
     ScaleBody,
 )
-from reconciler.errors import Conflict, Malformed, NotFound, Unprocessable
+from reconciler.errors import Conflict, NotFound, Unprocessable
 from reconciler.executor.requests import DEFAULT_PULL_BUDGET_MS, DeployRequest
 from reconciler.fsm.events import Event, Pulled, Pulling
 from reconciler.fsm.records import Deploy, Origin
@@ -34,7 +35,6 @@ from reconciler.fsm.state import State
 from reconciler.language.spec import Strategy
 
 DEPLOY_HEADER = "mill-deploy"
-MAX_KEY_CHARS = 255
 MAX_REPLICAS = 1_000
 """Rule 8 of the language."""
 DEFAULT_DEPLOYS, MAX_DEPLOYS = 100, 1_000
@@ -170,7 +170,7 @@ async def _deploy_request(asked: Asked) -> DeployRequest:
         strategy=_STRATEGIES[strategy] if strategy else None,
         pull_budget_ms=asked.integer("timeout", DEFAULT_PULL_BUDGET_MS),
         origin=Origin(kind="manual", token=asked.token_id),
-        key=_key(asked),
+        key=key_of(asked),
     )
 
 
@@ -189,16 +189,8 @@ def _variables(asked: Asked) -> dict[str, str]:
     return variables
 
 
-def _key(asked: Asked) -> str:
-    key = asked.request.headers.get("idempotency-key", "")
-    if len(key) > MAX_KEY_CHARS or not (key.isascii() and key.isprintable()):
-        raise Malformed("the Idempotency-Key cannot be used",
-                        hint=f"at most {MAX_KEY_CHARS} printable ASCII characters")
-    return key
-
-
 def _ask(asked: Asked) -> Ask:
-    return Ask(token=asked.token_id, key=_key(asked))
+    return Ask(token=asked.token_id, key=key_of(asked))
 
 
 def _known(state: State, deploy_id: str) -> Deploy:

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from reconciler.api import replies
 from reconciler.api.bodies import decode_json
 from reconciler.api.calls import Asked, Call
+from reconciler.api.idempotency import done_before, request_of
 from reconciler.api.types import (
     Removed,
     SecretAnswer,
@@ -51,12 +52,14 @@ async def set_secret(asked: Asked) -> Response:
         raise Unprocessable(f"the value of {name} has {size} bytes",
                             hint=f"at most {MAX_VALUE_BYTES // 1024} KiB")
     backend = asked.backend
-    nonce = backend.random_bytes(NONCE_BYTES)
+    nonce, request = backend.random_bytes(NONCE_BYTES), request_of(asked)
     index = await backend.ledger.propose(
-        SetSecret(name, nonce, seal(backend.cluster_key, nonce, name, value))
+        SetSecret(name, nonce, seal(backend.cluster_key, nonce, name, value), request=request)
     )
-    return replies.json(SecretSet(index=index, name=name,
-                                  version=_version_of(asked.state, name, nonce)))
+    done = done_before(asked, request)
+    return replies.json(SecretSet(
+        index=index, name=name,
+        version=done.version if done else _version_of(asked.state, name, nonce)))
 
 
 async def get_secret(asked: Asked) -> Response:
@@ -73,8 +76,12 @@ async def get_secret(asked: Asked) -> Response:
 
 async def delete_secret(asked: Asked) -> Response:
     """All versions; Conflict names who needs it."""
-    secret = _known(asked.state, asked.path("name"))
-    index = await asked.backend.ledger.propose(DeleteSecret(secret.name))
+    name, request = asked.path("name"), request_of(asked)
+    done = done_before(asked, request)
+    if done is not None:
+        return replies.json(Removed(index=done.index, name=name))
+    secret = _known(asked.state, name)
+    index = await asked.backend.ledger.propose(DeleteSecret(secret.name, request=request))
     return replies.json(Removed(index=index, name=secret.name))
 
 

@@ -13,10 +13,11 @@ from starlette.responses import Response
 from reconciler.api import replies
 from reconciler.api.bodies import decode_json
 from reconciler.api.calls import MAX_DURATION_MS, Asked, Call, parse_duration_ms
+from reconciler.api.idempotency import done_before, request_of
 from reconciler.api.join_token import JoinToken, format_join_token
 from reconciler.api.services import Joining
 from reconciler.api.types import Removed, TokenBody, TokenList, TokenMade, TokenRow
-from reconciler.errors import NotFound, Unavailable, Unprocessable
+from reconciler.errors import Conflict, NotFound, Unavailable, Unprocessable
 from reconciler.fsm.apply_tokens import MAX_USES
 from reconciler.fsm.commands import CreateToken, RevokeToken
 from reconciler.fsm.records import Token
@@ -99,7 +100,13 @@ def joining(asked: Asked) -> Joining:
 
 
 async def _made(asked: Asked, token: Token, text: str) -> Response:
-    index = await asked.backend.ledger.propose(CreateToken(token))
+    request = request_of(asked)
+    done = done_before(asked, request)
+    if done is not None:
+        raise Conflict(f"this request made a token before, at index {done.index}",
+                       hint="its text was in that answer alone: mill token list names it; revoke "
+                            "it, and make another under another key")
+    index = await asked.backend.ledger.propose(CreateToken(token, request=request))
     return replies.json(TokenMade(
         index=index, id=token.id, token=text, role=token.role, services=token.services,
         uses=token.uses if token.role == "join" else UNSET,

@@ -16,7 +16,7 @@ import structlog
 
 from reconciler.clock import Clock
 from reconciler.errors import MillError
-from reconciler.fsm.apply import Refused, apply
+from reconciler.fsm.apply import Refused, Repeated, apply
 from reconciler.fsm.codec import Entry, Undecodable, decode_entry, decode_state, encode_entry
 from reconciler.fsm.codec import encode_state as encode_state_bytes
 from reconciler.fsm.commands import AnyCommand
@@ -156,7 +156,8 @@ class Ledger:
         return self._clock
 
     async def propose(self, command: AnyCommand, timeout_s: float = 10.0) -> int:
-        """Commit one command; its index. Leader only.
+        """Commit one command; its index, or that of the entry that carried out the same request
+        before. Leader only.
 
         Raises CommandRefused (nothing changed), NotLeader (it did not happen), OutcomeUnknown.
         """
@@ -172,7 +173,7 @@ class Ledger:
             raise CommandRefused(result)
         if noted is not None:
             noted.append(command)
-        return index
+        return result.index if isinstance(result, Repeated) else index
 
     async def read(self) -> State:
         """A linearizable read: at least as new as every write acknowledged before the call."""

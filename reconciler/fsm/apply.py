@@ -44,24 +44,42 @@ from reconciler.fsm.apply_restore import restore_state
 from reconciler.fsm.apply_sources import observe_source, put_source, remove_source
 from reconciler.fsm.apply_tokens import create_token, revoke_token, set_authority
 from reconciler.fsm.codec import Entry
+from reconciler.fsm.records import Request
 from reconciler.fsm.state import State
-from reconciler.fsm.step import Refused
+from reconciler.fsm.step import Refused, Repeated, put
 
-__all__ = ["Refused", "apply"]
+__all__ = ["Refused", "Repeated", "apply"]
 
 
-def apply(state: State, index: int, entry: Entry) -> tuple[State, Refused | None]:
-    """The state after `entry` at `index`, and why it was refused, if it was.
+KEPT_REQUESTS = 4_096
+"""The newest of those that name themselves: a caller repeats soon, not after thousands."""
+
+
+def apply(state: State, index: int, entry: Entry) -> tuple[State, Refused | Repeated | None]:
+    """The state after `entry` at `index`, and why it changed nothing, if so.
 
     Logged time never goes back, whatever the leaders' clocks said.
     """
     now = msgspec.structs.replace(
         state, index=index, time_ms=max(state.time_ms, entry.at_ms)
     )
+    request = entry.command.request
+    if request and request in state.requests:
+        return now, Repeated(state.requests[request].index)
     after = _dispatch(now, entry.command)
     if isinstance(after, Refused):
         return now, after
-    return after, None
+    return _remember(after, entry.command) if request else after, None
+
+
+def _remember(state: State, command: c.AnyCommand) -> State:
+    version = 0
+    if isinstance(command, c.SetSecret):
+        version = state.secrets[command.name].versions[-1].version
+    requests = put(state.requests, command.request, Request(state.index, state.time_ms, version))
+    if len(requests) > KEPT_REQUESTS:
+        del requests[next(iter(requests))]  # in the order in which they came, also in a snapshot
+    return msgspec.structs.replace(state, requests=requests)
 
 
 def _dispatch(state: State, command: c.AnyCommand) -> State | Refused:

@@ -102,8 +102,11 @@ def trim(state: State, command: c.Trim) -> State | Refused:
     while chunks and total - len(chunks[0]) >= KEPT_EVENTS \
             and chunks[0][-1].at_ms < command.before_ms:
         total -= len(chunks.pop(0))
+    requests = {
+        key: each for key, each in state.requests.items() if each.at_ms >= command.before_ms
+    }
     return collect_specs(replace(
-        state,
+        state, requests=requests,
         allocations=without(state.allocations, *ended),
         deploys=without(state.deploys, *gone),
         deploy_events=without(state.deploy_events, *gone),

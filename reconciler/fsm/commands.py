@@ -23,8 +23,14 @@ from reconciler.fsm.records import (
 )
 
 
-class Command(msgspec.Struct, frozen=True, tag_field="c", omit_defaults=True):
-    """The base of all commands; `c` is the number."""
+class Command(msgspec.Struct, frozen=True, tag_field="c", omit_defaults=True, kw_only=True):
+    """The base of all commands; `c` is the number.
+
+    request: who asked for what, and that caller's own name for it ("" for none). What was applied
+    under it is not applied again, whoever leads by then.
+    """
+
+    request: str = ""
 
 
 class InitCluster(Command, frozen=True, tag=1):

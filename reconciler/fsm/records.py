@@ -49,6 +49,15 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     key_sha256: str = ""
 
 
+class Request(msgspec.Struct, frozen=True):
+    """A request that was carried out: by which entry, when, and which version of a secret it
+    made, if it was that."""
+
+    index: int
+    at_ms: int
+    version: int = 0
+
+
 class SecretVersion(msgspec.Struct, frozen=True):
     """One sealed value: AES-256-GCM with the cluster's key, the name as associated data."""
 

@@ -16,6 +16,7 @@ from reconciler.fsm.records import (
     Allocation,
     Deploy,
     Node,
+    Request,
     Revision,
     SealedAuthority,
     Secret,
@@ -49,6 +50,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     events: tuple[tuple[Event, ...], ...] = ()
     next_vip: int = 1
     authority: SealedAuthority | None = None
+    requests: dict[str, Request] = {}
 
     def running_deploy(self) -> Deploy | None:
         """The deploy that has no terminal event yet; at most one."""

@@ -21,6 +21,12 @@ class Refused(msgspec.Struct, frozen=True):
     hint: str = ""
 
 
+class Repeated(msgspec.Struct, frozen=True):
+    """The same request was carried out before, by the entry `index`; the state is as it was."""
+
+    index: int
+
+
 def put(mapping: Mapping[K, V], key: K, value: V) -> dict[K, V]:
     """A copy of `mapping` with `key` set."""
     changed = dict(mapping)

@@ -100,9 +100,16 @@ async def test_write_without_a_key_whose_answer_is_lost_is_not_repeated(cluster:
         good = f"127.0.0.1:{cluster.nodes[0].port}"
         async with Client([broken, good], TOKENS["admin"]) as client:
             with pytest.raises(NoAnswer) as caught:
-                await client.set_secret("a", "x")
+                await client.create_token(t.TokenBody(role="read"))
     assert exit_code(caught.value) == 3
-    assert not cluster.nodes[0].state.secrets
+
+
+async def test_secret_whose_answer_is_lost_is_written_again_and_once(cluster: Cluster) -> None:
+    async with swallowing() as broken:
+        good = f"127.0.0.1:{cluster.nodes[0].port}"
+        async with Client([broken, good], TOKENS["admin"]) as client:
+            assert (await client.set_secret("a", "x")).version == 1
+    assert len(cluster.nodes[0].state.secrets["a"].versions) == 1
 
 
 async def test_next_address_is_asked_where_none_answers(cluster: Cluster) -> None:

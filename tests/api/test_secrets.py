@@ -41,6 +41,32 @@ async def test_new_value_is_a_new_version(api: httpx.AsyncClient) -> None:
     assert (await api.get("/v1/secrets/a")).json()["value"] == "v2"
 
 
+async def test_a_repeat_with_the_same_key_is_the_same_write(api: httpx.AsyncClient) -> None:
+    again = {"idempotency-key": "k-1"}
+    first = await api.put("/v1/secrets/a", json={"value": "one"}, headers=again)
+    await api.put("/v1/secrets/a", json={"value": "two"})
+    repeated = await api.put("/v1/secrets/a", json={"value": "one"}, headers=again)
+    assert repeated.json() == first.json()
+    assert (await api.get("/v1/secrets/a")).json()["value"] == "two"
+    gone = await api.delete("/v1/secrets/a", headers=again)  # another call: a key of its own
+    assert gone.status_code == 200
+    assert (await api.delete("/v1/secrets/a", headers=again)).json() == gone.json()
+    assert (await api.delete("/v1/secrets/a")).status_code == 404
+    assert (await api.put("/v1/secrets/a", json={"value": "x"}, headers={
+        "idempotency-key": "x" * 300})).status_code == 400
+
+
+async def test_a_repeated_token_is_refused_for_its_text_was_told_once(
+    api: httpx.AsyncClient
+) -> None:
+    again = {"idempotency-key": "k-1"}
+    made = await api.post("/v1/tokens", json={"role": "read"}, headers=again)
+    assert made.status_code == 201
+    repeated = await api.post("/v1/tokens", json={"role": "read"}, headers=again)
+    assert repeated.status_code == 409
+    assert len((await api.get("/v1/tokens")).json()["tokens"]) == 2
+
+
 async def test_delete_of_one_in_use_is_refused_naming_the_services(
     cluster: Cluster, api: httpx.AsyncClient
 ) -> None:

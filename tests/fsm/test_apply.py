@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from reconciler.fsm import commands as c
+from reconciler.fsm.apply import KEPT_REQUESTS, Repeated, apply
+from reconciler.fsm.codec import Entry, decode_state, encode_state
 from reconciler.fsm.records import ENDED, Failure, SecretPin, Slot, Source
 from tests.fsm.machine import Machine, cluster, service
 
@@ -324,3 +326,33 @@ def _at(change: object, **fields: object) -> object:
 def _with(change: object, slots: tuple[Slot, ...]) -> object:
     from msgspec.structs import replace
     return replace(change, slots=slots)  # type: ignore[type-var]  # a Change
+
+
+def test_a_request_that_names_itself_is_carried_out_once_over_snapshots_and_leaders() -> None:
+    machine = cluster()
+    write = c.SetSecret("a", b"n", b"sealed", request="t PUT /v1/secrets/a key-1")
+    assert not machine.do(write)
+    first = machine.state.index
+    machine.state = decode_state(encode_state(machine.state))
+    state, result = apply(machine.state, first + 1, Entry(machine.now_ms, write))
+    assert result == Repeated(first)
+    assert len(state.secrets["a"].versions) == 1
+    assert not machine.do(c.SetSecret("a", b"m", b"sealed", request="t PUT /v1/secrets/a key-2"))
+    assert len(machine.state.secrets["a"].versions) == 2
+
+
+def test_a_request_that_was_refused_may_be_asked_again_and_old_ones_are_forgotten() -> None:
+    machine = cluster()
+    gone = c.DeleteSecret("a", request="t DELETE /v1/secrets/a key")
+    assert machine.do(gone)
+    assert not machine.state.requests
+    assert not machine.do(c.SetSecret("a", b"n", b"sealed", request="t PUT a key"))
+    assert not machine.do(gone)
+    assert len(machine.state.requests) == 2
+    assert not machine.do(c.Trim(machine.now_ms + 10_000))
+    assert not machine.state.requests
+    for number in range(KEPT_REQUESTS + 5):
+        machine.do(c.SetSecret(f"s{number % 7}", b"n", b"x", request=f"r{number}"))
+    assert len(machine.state.requests) == KEPT_REQUESTS
+    assert "r4" not in machine.state.requests
+    assert "r5" in machine.state.requests
