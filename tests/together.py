@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-CLUSTERS = ("end_to_end", "machines", "proof")
-"""Whole clusters of real processes: most of their time is timers and starting them."""
+CLUSTERS = ("end_to_end", "machines")
+"""Whole clusters with real containers: most of their time is timers and starting processes."""
 
 
 def lanes() -> tuple[list[str], list[str]]:
