@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from reconciler.errors import Conflict, MillError
+from reconciler.log import recover
 from reconciler.machine import Place, agent_pid
 from reconciler.node_config import NodeConfig
 from reconciler.node_removal import client
 
 ANSWER_S = 15.0
+
+
+def last_held(config: NodeConfig) -> str:
+    """Where this node's log ends, in words; raises as `log.recover.held`."""
+    held = recover.held(Path(config.data) / "log")
+    return f"the log of {config.name} ends at index {held.index} of term {held.term}"
 
 
 async def refuse_while_it_lives(place: Place, config: NodeConfig) -> None:

@@ -152,4 +152,7 @@ class Leading:
             authority = load_authority(Path(self.config.authority))
             await found_authority(self.ledger, authority.cert_pem, authority.key_pem,
                                   self.cluster_key)
+        if founders and self.config.overlay == "vxlan" and self.ledger.state.authority is not None:
+            # Sealed in the log by now: on a machine it lies in clear no longer than it must.
+            (Path(self.config.authority) / "ca-key.pem").unlink(missing_ok=True)
         await asyncio.Event().wait()

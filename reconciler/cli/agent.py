@@ -161,10 +161,12 @@ def _warnings_only() -> None:
 
 def _confirm_recovery(place: Place, config: NodeConfig) -> None:
     """Only what is lost is recovered: not beside an agent that runs, or a majority that lives."""
-    from reconciler.machine_recovery import refuse_while_it_lives
+    from reconciler.machine_recovery import last_held, refuse_while_it_lives
 
     _run(refuse_while_it_lives(place, config))
     _typed(
+        f"{last_held(config)}.\nOf several nodes that are left, recover the one with the greatest "
+        "term, then the greatest index.\n"
         f"This makes {config.name} the only voter of {config.cluster}. What the lost nodes had "
         "acknowledged\nand this one never received is gone. The other nodes must never run again "
         "on their old data:\non each of them mill leave --force, then mill join.", config.name)

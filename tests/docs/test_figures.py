@@ -7,17 +7,22 @@ import shutil
 import subprocess
 import tomllib
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
-from reconciler.api import bodies, secrets, server
+from reconciler import machine
+from reconciler.api import bodies, limits, secrets, server
 from reconciler.cli import dev
 from reconciler.edge import bootstrap, certificates, dns
-from reconciler.executor import admit, deploy, front, heal, reading, retire
+from reconciler.executor import admit, deploy, front, heal, joining, membership, reading, retire
 from reconciler.executor.agent import logfile, probe
-from reconciler.executor.containerd import pull, spec
+from reconciler.executor.containerd import network_machine, pull, spec
 from reconciler.executor.containerd.network import VIP_PREFIX, Layout
+from reconciler.executor.containerd.network_layout import (
+    MACHINES_PREFIX,
+    NODES_PREFIX,
+    OVERLAY_PREFIX,
+)
 from reconciler.fsm import apply_cluster, apply_deploys, codec
 from reconciler.git.findings import Bounds
 from reconciler.language import read, source, tokens
@@ -27,6 +32,7 @@ from tests.docs.pages import ROOT, inline, page, table
 
 OPERATIONS, LANGUAGE, ARCHITECTURE = "docs/operations.md", "docs/language.md", \
     "docs/architecture.md"
+MACHINES, API = "docs/machines.md", "docs/api.md"
 _SNAPSHOT_BYTES = next(f.default for f in Settings.__dataclass_fields__.values()
                        if f.name == "snapshot_bytes")
 assert isinstance(_SNAPSHOT_BYTES, int)
@@ -58,6 +64,16 @@ FIGURES = [
     (OPERATIONS, f"A line over {logfile.LINE_BYTES // 1024} KiB is split"),
     (OPERATIONS, f"certificates last {certificates.IDENTITY_DAYS} days, "
                  f"the CA {certificates.CA_DAYS // 365} years"),
+    (MACHINES, f"It lasts {certificates.IDENTITY_DAYS} days"),
+    (MACHINES, f"lasts {certificates.CA_DAYS // 365} years"),
+    (MACHINES, f"once it is `down` ({heal.DOWN_S:g} s)"),
+    (MACHINES, f"After {heal.DOWN_S:g} s the lost nodes are `down`"),
+    (MACHINES, f"VXLAN (id {network_machine.VXLAN_ID}, UDP {network_machine.VXLAN_PORT})"),
+    (MACHINES, f"`{NODES_PREFIX}`, `{VIP_PREFIX}`, `{OVERLAY_PREFIX}` and `{MACHINES_PREFIX}`"),
+    (MACHINES, f"Ports {machine.HTTP_PORT} and {machine.HTTPS_PORT} of every machine"),
+    (MACHINES, f"| `{machine.DATA}/node.json` |"),
+    (MACHINES, f"| `{machine.Place().run}/` |"),
+    (API, f"more than {limits.BURST} wrong tokens at once from one address"),
     (LANGUAGE, f"| files of a manifest | {source.MAX_FILES:,} |"),
     (LANGUAGE, f"| one file | {source.MAX_FILE_BYTES // 1024} KiB |"),
     (LANGUAGE, f"| all files together | {source.MAX_MANIFEST_BYTES // _MIB} MiB |"),
@@ -91,6 +107,30 @@ def test_the_ports_are_those_of_mill_dev() -> None:
         assert what.lower() in told[offset].lower()
     (base,) = [option.default for option in dev.dev.params if option.name == "base_port"]
     assert f"--base-port {base}" in page(OPERATIONS)
+
+
+def test_the_ports_of_a_machine_are_those_that_it_listens_on() -> None:
+    told = {row["port"] for row in table(MACHINES, "port", "for")}
+    tcp = {machine.API_PORT, machine.LOG_PORT, machine.AGENT_PORT}
+    assert told == {f"{port}/tcp" for port in tcp} | {f"{network_machine.VXLAN_PORT}/udp"}
+
+
+def test_who_votes_and_how_many_may_be_lost_is_as_the_leader_decides_it() -> None:
+    rows = {row["nodes"]: row for row in table(MACHINES, "nodes", "voters")}
+    many, last = "6 to 20", 20
+    assert list(rows) == ["1", "2", "3", "4", "5", many]
+    for nodes in range(1, last + 1):
+        row = rows.get(str(nodes), rows[many])
+        voters = membership.wanted_voters(nodes)
+        assert row["voters"] == str(voters)
+        assert row["voters that may be lost at once"].partition(":")[0] == str((voters - 1) // 2)
+
+
+def test_a_join_token_and_the_wait_before_an_exchange_are_as_told() -> None:
+    assert joining.JOIN_TOKEN_MS == 3_600_000
+    assert "A token is good for an hour and for its uses" in page(MACHINES)
+    assert membership.DOWN_MS == 60_000
+    assert "down for more than a minute" in " ".join(page(MACHINES).split())
 
 
 def test_the_api_page_lists_exactly_the_calls_that_there_are() -> None:
@@ -160,17 +200,13 @@ def test_a_package_is_imported_through_its_door_alone() -> None:
 # -- the systemd unit -----------------------------------------------------------------------------
 
 
-def test_the_systemd_unit_verifies(tmp_path: Path) -> None:
+def test_the_systemd_unit_verifies() -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed here")
-    unit = page("docs/mill.service")
-    command = re.findall(r"^ExecStart=(.+)$", unit, re.MULTILINE)
-    assert command == ["/opt/mill/.venv/bin/mill agent"]
-    # The program is not at that place here: what is verified is the unit, not the install.
-    copy = tmp_path / "mill.service"
-    copy.write_text(unit.replace(command[0], "/bin/true"))
-    done = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True,
-                          check=False)
+    command = re.findall(r"^ExecStart=(.+)$", page("docs/mill.service"), re.MULTILINE)
+    assert command == ["/usr/bin/env /opt/mill/.venv/bin/mill agent"]
+    done = subprocess.run(["systemd-analyze", "verify", str(ROOT / "docs/mill.service")],
+                          capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "mill.service" not in done.stderr
 
