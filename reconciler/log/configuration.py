@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import msgspec
 
@@ -88,6 +89,8 @@ def changed(present: Membership, change: Change) -> Membership:
             if present.get(name) is None:
                 return present
             return Membership(_voters_without(present, name), _without(present.learners, name))
+        case _:
+            assert_never(change)
 
 
 def encode(membership: Membership) -> bytes:

@@ -69,7 +69,7 @@ class Raft(Core):
         self.transport = parts.transport
         self.elections, self.reads = Elections(self), Reads(self)
         self.replication = Replication(self)
-        self.members = Members(self, me, founding)
+        self.members = Members(self, me, founding, parts.disk)
         self.rejoin: Rejoin | None = None
         self.handover: Handover | None = None
         self._handovers: deque[tuple[str | None, HandedOver]] = deque()
@@ -89,7 +89,7 @@ class Raft(Core):
         )  # fmt: skip
         super().__init__(Peer(me), [], conf, nodeClass=Peer, transport=parts.transport)
         if is_rejoining(parts.disk):
-            self.rejoin = Rejoin(self, parts.disk, [each.name for each in founding])
+            self.rejoin = Rejoin(self, parts.disk)
         self._load()
         self.members.settle()
         self.journal.sync()

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from reconciler.errors import MillError
-from reconciler.log import configuration, pinned
+from reconciler.log import acquaintance, configuration, pinned
 from reconciler.log.configuration import (
     AddLearner,
     Change,
@@ -29,6 +29,7 @@ from reconciler.log.configuration import (
     Remove,
 )
 from reconciler.log.core import Peer
+from reconciler.log.disk import Disk
 from reconciler.log.errors import ChangeUnderWay, NobodyTakesOver, NotCaughtUp, NotLeader
 from reconciler.log.settings import Member, Membership
 
@@ -52,8 +53,9 @@ class _Leaving:
 class Members:
     """Raft thread only, but for `ask` and `progress`."""
 
-    def __init__(self, raft: Raft, me: str, founding: tuple[Member, ...]) -> None:
-        self._raft, self.me, self._founding = raft, me, founding
+    def __init__(self, raft: Raft, me: str, founding: tuple[Member, ...], disk: Disk) -> None:
+        self._raft, self.me, self._founding, self._disk = raft, me, founding, disk
+        self.known_last = acquaintance.load(disk) or Membership(founding)
         self._configurations = Configurations(Membership(founding))
         self._asked: deque[tuple[Change, ChangeDone]] = deque()
         self._leaving: dict[str, _Leaving] = {}
@@ -168,7 +170,8 @@ class Members:
             self._connect()
 
     def tick(self) -> None:
-        """Let go of removed nodes that know it, or that had time enough to learn it."""
+        """Let go of removed nodes that know it, or that had time enough to learn it; remember
+        the members once they are committed."""
         raft = self._raft
         gone = [
             name for name, each in self._leaving.items()
@@ -177,6 +180,9 @@ class Members:
         ]  # fmt: skip
         for name in gone:
             del self._leaving[name]
+        if self.known_last.index != self.latest.index <= raft.commit_index:
+            acquaintance.store(self._disk, self.latest)
+            self.known_last = self.latest
         if gone or (self._open and self.latest.index <= raft.commit_index):
             self._connect()
 
@@ -228,6 +234,8 @@ class Members:
                 self._check_caught_up(name)
             case Demote() | Remove():
                 pass
+            case _:
+                assert_never(change)
         heard = sum(each.name == self.me or self._is_heard(each.name) for each in changed.voters)
         if 2 * heard <= len(changed.voters):
             raise ChangeUnderWay(
@@ -266,6 +274,7 @@ class Members:
         if latest.index == 0 or latest.get(self.me) is None:
             # One that joins is let in by whom it found, before the log names it.
             reached |= {each.name: each for each in self._founding}
+            reached |= {each.name: each for each in self.known_last.everyone}
         # What is not committed may be undone by one whom it removes: a leader of a later term.
         for each in self._configurations.since(self._raft.commit_index):
             reached |= {member.name: member for member in each.everyone}

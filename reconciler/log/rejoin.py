@@ -6,11 +6,11 @@ acknowledged entries that it no longer holds. So until it is as good as before i
 1. It asks ALL other members for their terms, and hears nothing else. Whoever it ever voted
    for, or acknowledged an entry to, was in that term by then and stored it; so the greatest
    answer is no lower than any term in which it promised something. Who they are it asks as
-   well: those of the newest configuration that anybody knows, and of those that they know
-   (one may lag behind). Learners too: one may be a voter without others' knowing it, and may
-   have stood for election. It takes up the next one,
-   its vote in it spent. The leader so far steps down: it would count what was acknowledged
-   and is lost, and would never send it again.
+   well: those of the newest configuration that anybody knows (itself by what it kept beside
+   its log, `acquaintance`), and of those that they know (one may lag behind). Learners too:
+   one may be a voter without others' knowing it, and may have stood for election. It takes up
+   the next term, its vote in it spent. The leader so far steps down: it would count what was
+   acknowledged and is lost, and would never send it again.
 2. It follows leaders of that term or a later one, but neither votes nor stands. What it
    acknowledges it holds, with everything below, so its acknowledgements count. Each of these
    leaders was elected without its vote, so by a majority of those who lost nothing: it holds
@@ -98,8 +98,8 @@ def is_rejoining(disk: Disk) -> bool:
 class Rejoin:
     """Stands between a node that rejoins and what it hears; raft thread only."""
 
-    def __init__(self, raft: Raft, disk: Disk, founding: list[str]) -> None:
-        if founding == [raft.members.me]:
+    def __init__(self, raft: Raft, disk: Disk) -> None:
+        if {each.name for each in raft.members.known_last.everyone} == {raft.members.me}:
             raise LogFailed(
                 "nobody else holds this log", at=disk.where(MARK),
                 hint="put the files that were moved aside back, and remove this one",
@@ -164,9 +164,9 @@ class Rejoin:
 
     def _whom(self) -> set[str]:
         """Everybody whose answer counts: in the newest configuration, or known to one who is."""
-        newest = max(
-            (each.membership for each in self._answers.values()), key=lambda each: each.index
-        )
+        known = [self._raft.members.known_last]
+        known += [each.membership for each in self._answers.values()]
+        newest = max(known, key=lambda each: each.index)
         members = {each.name for each in newest.everyone}
         for name in members & self._answers.keys():
             members |= {each.name for each in self._answers[name].membership.everyone}

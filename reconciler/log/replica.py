@@ -17,14 +17,7 @@ from typing import Any, TypeVar
 from reconciler.errors import MillError, Unprocessable
 from reconciler.log.archive import NotHeld, Past
 from reconciler.log.closure import Closure, closes
-from reconciler.log.configuration import (
-    AddLearner,
-    Change,
-    Demote,
-    Progress,
-    Promote,
-    Remove,
-)
+from reconciler.log.configuration import AddLearner, Change, Demote, Progress, Promote, Remove
 from reconciler.log.disk import OsDisk
 from reconciler.log.engine import Engine, News, OpenDisk, Status
 from reconciler.log.errors import (

@@ -75,14 +75,16 @@ class Cluster:
         self.folder, self._snapshot_bytes = folder, snapshot_bytes
         self.authority = Authority(folder)
         self.members = free_members(count)
+        self.founding: tuple[Member, ...] = ()  # all of them, where nothing else is said
         self.replicas: dict[str, Replica] = {}
         self.ledgers: dict[str, Ledger] = {}
 
     def settings(self, name: str) -> Settings:
         me = next(member for member in self.members if member.name == name)
         cert_file, key_file = self.authority.issue(name)
+        founding = self.founding or self.members
         return Settings(
-            self.folder / name, me, self.members, self.authority.file, cert_file, key_file,
+            self.folder / name, me, founding, self.authority.file, cert_file, key_file,
             snapshot_bytes=self._snapshot_bytes,
         )  # fmt: skip
 
@@ -189,16 +191,20 @@ class Process:
 
 
 class ProcessCluster:
-    """Three real processes."""
+    """Real processes; the first `founding` of them found the log, or all."""
 
-    def __init__(self, folder: Path, count: int = 3, snapshot_bytes: int = 8 << 20) -> None:
+    def __init__(
+        self, folder: Path, count: int = 3, snapshot_bytes: int = 8 << 20, founding: int = 0
+    ) -> None:
         authority = Authority(folder)
-        members = free_members(count)
+        self.members = members = free_members(count)
         listed = ",".join(f"{each.name}={each.host}:{each.port}" for each in members)
         self.processes: dict[str, Process] = {}
         for member in members:
             authority.issue(member.name)
-            arguments = [str(folder), member.name, listed, str(snapshot_bytes)]
+            arguments = [
+                str(folder), member.name, listed, str(snapshot_bytes), str(founding or count)
+            ]  # fmt: skip
             self.processes[member.name] = Process(arguments)
 
     async def __aenter__(self) -> ProcessCluster:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import resource
 import signal
 from pathlib import Path
 
-from tests.log.cluster import ProcessCluster
+from tests.log.cluster import DEADLINE_S, ProcessCluster
 
 
 async def test_a_killed_leader_is_replaced_and_comes_back_with_its_state(tmp_path: Path) -> None:
@@ -50,6 +51,44 @@ async def test_everything_acknowledged_survives_sigkill_of_all_at_once(tmp_path:
             commands = await cluster.commands(name, len(acked))
             assert [each for each in commands if each in set(acked)] == acked
             assert len(commands) == len(set(commands)), "none applied twice"
+
+
+async def test_a_leader_killed_in_a_change_of_the_members_leaves_one_log(tmp_path: Path) -> None:
+    async with ProcessCluster(tmp_path, 5, snapshot_bytes=4096, founding=1) as cluster:
+        acked = []
+        for number, member in enumerate(cluster.members[1:]):
+            for question in (
+                {"add": [member.name, member.host, member.port]}, {"promote": member.name},
+            ):  # fmt: skip
+                command = b"%d.%s" % (number, next(iter(question)).encode()) + bytes(300)
+                if await cluster.write(command):
+                    acked.append(command)
+                leader = await cluster.leader()
+                process = cluster.processes[leader]
+                asked = asyncio.create_task(process.ask(**question))
+                await asyncio.sleep(0)  # it is on its way; what becomes of it is the kill's luck
+                process.signal(signal.SIGKILL)
+                with contextlib.suppress(ConnectionError):
+                    await asked
+                await process.end()
+                await process.start()
+                await _until_done(cluster, question)
+        assert len(acked) == 8
+        assert await cluster.write(b"last")
+        for name, process in cluster.processes.items():
+            assert await cluster.commands(name, 9) == [*acked, b"last"]
+            assert (await process.ask(status=True))["voters"] == sorted(cluster.processes)
+
+
+async def _until_done(cluster: ProcessCluster, question: dict[str, object]) -> None:
+    """Asked again: it was done, is done now, or it is not the time yet."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            with contextlib.suppress(ConnectionError):
+                answer = await cluster.processes[await cluster.leader()].ask(**question)
+                if "index" in answer:
+                    return
+            await asyncio.sleep(0.02)
 
 
 async def test_a_paused_leader_that_wakes_has_lost_and_overwrites_nothing(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from reconciler.log import journal, rejoin, snapshot
+from reconciler.log import acquaintance, journal, rejoin, snapshot
 from reconciler.log.disk import OsDisk
 from reconciler.log.journal import Journal
-from reconciler.log.replica import LogDamaged, LogFailed, Replica
-from tests.log.cluster import Cluster, Ledger, running, until
+from reconciler.log.replica import LogDamaged, LogFailed, Membership, Replica
+from tests.log.cluster import Cluster, Ledger, free_members, running, until
 
 
 def name_of(cluster: Cluster, replica: Replica) -> str:
@@ -105,3 +105,14 @@ def test_what_is_moved_aside_is_kept_also_the_second_time(tmp_path: Path) -> Non
     names = {each.name for each in tmp_path.iterdir()}
     assert {"journal.damaged-1", "journal.damaged-2", rejoin.MARK} < names
     assert journal.NAME not in names
+
+
+def test_what_was_kept_of_the_members_and_is_damaged_counts_for_nothing(tmp_path: Path) -> None:
+    disk = OsDisk(tmp_path)
+    assert acquaintance.load(disk) is None
+    kept = Membership(free_members(2), index=7)
+    acquaintance.store(disk, kept)
+    assert acquaintance.load(disk) == kept
+    (tmp_path / acquaintance.NAME).write_bytes(b"\x93rot")
+    assert acquaintance.load(disk) is None
+    disk.close()

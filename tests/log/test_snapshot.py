@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import random
+import struct
+import zlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,7 +11,9 @@ from hypothesis import strategies as st
 
 from reconciler.log import snapshot
 from reconciler.log.errors import LogDamaged, LogFailed
+from reconciler.log.settings import Membership
 from reconciler.log.snapshot import NAME, Snapshot, Snapshots
+from tests.log.cluster import running
 from tests.sim.disk import SimDisk
 
 
@@ -49,3 +54,24 @@ def test_the_one_before_stays_where_the_next_cannot_be_written(fault: str) -> No
         disk.crash(random.Random(seed))
         assert Snapshots(disk).load() == Snapshot(5, 1, b"five")
     assert disk.read(NAME) is not None
+
+
+async def test_a_log_from_before_members_could_change_loads_as_its_settings_say(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, 1, snapshot_bytes=1000) as cluster:
+        for number in range(30):
+            await (await cluster.leader()).propose(b"%d" % number + bytes(100))
+    file = tmp_path / "node-1" / snapshot.NAME
+    stored = snapshot.decode(file.read_bytes(), "x")
+    assert stored.members == Membership(cluster.members)
+    head = struct.pack("<QQQ", stored.index, stored.term, len(stored.state))
+    crc = struct.pack("<I", zlib.crc32(stored.state, zlib.crc32(head)))
+    file.write_bytes(b"mill snapshot 1\n" + head + crc + stored.state)
+    await cluster.start()
+    try:
+        await (await cluster.leader()).propose(b"goes on")
+        assert cluster.replicas["node-1"].membership == Membership(cluster.members)
+        assert len(await cluster.agree()) == 31
+    finally:
+        await cluster.stop()

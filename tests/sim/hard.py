@@ -147,5 +147,42 @@ class LostNames:
                 world.restart(away)
 
 
+class StaleReads:
+    """A leader sleeps while another takes its place and writes; then it is asked, and wakes."""
+
+    PERIOD = 300
+
+    def __init__(self, world: World) -> None:
+        self._world, self._rng = world, world.rng
+        self._asleep: SimNode | None = None
+
+    @staticmethod
+    def world(rng: random.Random) -> World:
+        return World(rng, rng.choice((3, 5)), wild=rng.random() < 0.5, slow_s=0.0)
+
+    def step(self, number: int) -> None:
+        world, phase = self._world, number % self.PERIOD
+        for node in world.live:
+            if node.leads and not node.paused and self._rng.random() < 0.2:
+                world.propose(node)
+                world.read(node)
+        leader = max((each for each in world.live if each.leads), key=_term, default=None)
+        if phase == 50 and leader is not None:
+            self._asleep = leader
+            leader.paused_until_s = world.now_s + self._rng.uniform(1.0, 2.2)
+        # Asked while it sleeps: the kernel keeps the question.
+        if phase > 50 and self._asleep is not None and self._asleep.paused:
+            if self._rng.random() < 0.1:
+                world.read(self._asleep)
+
+
 def _term(node: SimNode) -> int:
     return node.term
+
+
+KINDS: dict[str, type[Hardship]] = {
+    "stale_acks": StaleAcks,
+    "rivals": Rivals,
+    "lost_names": LostNames,
+    "stale_reads": StaleReads,
+}

@@ -52,7 +52,7 @@ class Invariants:
         self._committed: dict[int, Entry] = {}
         self._commit_index: dict[str, int] = {}
         self.highest_committed = 0
-        self._acted: dict[str, Membership] = {}  # by node, at the end of the last step
+        self.acted: dict[str, Membership] = {}  # by node, at the end of the last step
         self._members: list[Membership] = []  # committed, in order
 
     @property
@@ -112,7 +112,7 @@ class Invariants:
             if self._commit_index.get(node.name) != node.commit_index:
                 self._check_committed(node, holds)
         for node in nodes:
-            self._acted[node.name] = node.membership
+            self.acted[node.name] = node.membership
         for node in changed:
             self._check_members(node)
             if node.leads:
@@ -155,7 +155,7 @@ class Invariants:
         if index > self.highest_committed and entry is not None:
             if node.leads:
                 # A change may have begun in this very step, after the commit.
-                possible = [node.membership, self._acted.get(node.name, node.membership)]
+                possible = [node.membership, self.acted.get(node.name, node.membership)]
                 if not any(_majority_holds(each, entry, holds) for each in possible):
                     voters = [each.name for each in node.membership.voters]
                     raise Violation(

@@ -14,13 +14,14 @@ import time
 import traceback
 from dataclasses import dataclass
 
-from reconciler.log import pinned
+from reconciler.log import acquaintance, pinned
 from reconciler.log.rejoin import is_rejoining
+from reconciler.log.settings import Membership
 from tests.sim import hard
 from tests.sim.disk import SimDisk
 from tests.sim.invariants import Violation
 from tests.sim.reshape import Reshaping
-from tests.sim.world import World
+from tests.sim.world import SimNode, World
 
 STEPS = 1500  # of 10 ms under faults
 QUIET_STEPS = 1500  # at most, to agree again once the faults have ended
@@ -44,18 +45,18 @@ class Report:
 
 def run(
     seed: int, steps: int = STEPS, *, bad_disks: bool = False, lost_disks: bool = False,
-    membership: bool = False, stale_acks: bool = False, rivals: bool = False,
-    lost_names: bool = False,
+    membership: bool = False, **hardship: bool,
 ) -> Report:
     """One world from beginning to end; raises Violation, or whatever the log raised.
 
     `bad_disks`: in each second trouble a disk fills up or fails, for a while. `lost_disks`:
     one at a time is lost, and its node rejoins. `membership`: members come and go. The rest
-    are made for one kind of mistake each (`hard`), and take the place of the usual troubles.
+    (`hard.KINDS`) are made for one kind of mistake each, and take the place of all this.
     """
-    if stale_acks or rivals or lost_names:
-        kind = hard.StaleAcks if stale_acks else hard.Rivals if rivals else hard.LostNames
-        return _run_hard(seed, steps, kind)
+    for name, on in hardship.items():
+        kind = hard.KINDS[name]
+        if on:
+            return _run_hard(seed, steps, kind)
     rng = random.Random(seed)
     members = rng.choice((1, 3, 3, 3, 5, 5))
     try:
@@ -75,9 +76,11 @@ def run(
                 _trouble(world, revive)
                 if bad_disks and rng.random() < 0.5:
                     _spoil(rng, rng.choice(list(world.nodes.values())).disk)
-                if lost_disks and rng.random() < 0.3 and _may_lose(world):
-                    world.wipe(rng.choice(list(world.nodes.values())))
-                    wiped += 1
+                if lost_disks and rng.random() < 0.3:
+                    node = rng.choice(list(world.nodes.values()))
+                    if _may_lose(world, node):
+                        world.wipe(node)
+                        wiped += 1
         if reshaping is not None:
             reshaping.end()
         return dataclasses.replace(_settle(world, seed, steps), wiped=wiped)
@@ -103,12 +106,17 @@ def _run_hard(seed: int, steps: int, kind: type[hard.Hardship]) -> Report:
         pinned.use_time(time.monotonic, random.Random())
 
 
-def _may_lose(world: World) -> bool:
-    """A disk less is a minority's, in every configuration that may be in effect."""
+def _may_lose(world: World, node: SimNode) -> bool:
+    """A disk less is a minority's, in every configuration that may be in effect; and whose it
+    is knows somebody who still takes part."""
     if world.rejoining:
         return False
-    held = [node.membership for node in world.live]
-    return bool(held) and all(len(each.voters) > 2 for each in held)
+    held = [world.invariants.acted.get(name) for name in world.nodes]
+    if not all(each is not None and len(each.voters) > 2 for each in held):
+        return False
+    known = acquaintance.load(node.disk) or Membership(node.founding)
+    now = world.invariants.members or Membership(node.founding)
+    return any(now.get(each.name) for each in known.everyone if each.name != node.name)
 
 
 def _work(world: World, burst: int) -> None:
@@ -229,6 +237,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--membership", action="store_true", help="members come and go")
     parser.add_argument("--stale-acks", action="store_true", help="answers out of older terms")
     parser.add_argument("--rivals", action="store_true", help="two candidates, voters that crash")
+    parser.add_argument("--stale-reads", action="store_true", help="leaders asked in their sleep")
     parser.add_argument("--lost-names", action="store_true", help="renames that a crash undoes")
     options = parser.parse_args(arguments)
     first, _, end = options.seeds.partition("..")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from reconciler.errors import MillError
-from reconciler.log import pinned, wire
+from reconciler.log import acquaintance, pinned, wire
 from reconciler.log.configuration import Change
 from reconciler.log.core import Peer, PeerTransport
 from reconciler.log.errors import DiskFailed
@@ -305,9 +305,15 @@ class World:
 
     def wipe(self, node: SimNode) -> None:
         """Its disk is gone; another one is in its place, and the node rejoins."""
+        for each in self.live:  # nobody shrinks the voters while one of them cannot vote
+            assert each.raft is not None
+            each.raft.members._asked.clear()
         self.crash(node)
         node.journals = [*node.journals[-1:], *node.journals[-1:]]
+        known = acquaintance.load(node.disk)
         node.disk = SimDisk(node.name, self.rng)
+        if known is not None:  # a person says so; or only its journal was damaged
+            acquaintance.store(node.disk, known)
         set_aside(node.disk)
         self.restart(node)
 

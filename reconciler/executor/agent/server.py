@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, assert_never
@@ -263,7 +262,7 @@ class AgentServer:
         """
         confirmed_at = float("-inf")
         async for order in orders:
-            now = time.monotonic()
+            now = asyncio.get_running_loop().time()
             if self._confirm is not None and hello.leader == self._node \
                     and now - confirmed_at > CONFIRMED_S:
                 try:
