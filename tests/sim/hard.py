@@ -148,13 +148,13 @@ class LostNames:
 
 
 class StaleReads:
-    """A leader sleeps while another takes its place and writes; then it is asked, and wakes."""
+    """A leader that is cut off is asked, until it lets go, while another writes already."""
 
-    PERIOD = 300
+    PERIOD = 250
 
     def __init__(self, world: World) -> None:
         self._world, self._rng = world, world.rng
-        self._asleep: SimNode | None = None
+        self._alone: SimNode | None = None
 
     @staticmethod
     def world(rng: random.Random) -> World:
@@ -163,17 +163,20 @@ class StaleReads:
     def step(self, number: int) -> None:
         world, phase = self._world, number % self.PERIOD
         for node in world.live:
-            if node.leads and not node.paused and self._rng.random() < 0.2:
-                world.propose(node)
+            if node.leads and self._rng.random() < 0.4:
                 world.read(node)
+                if node is not self._alone:
+                    world.propose(node)
         leader = max((each for each in world.live if each.leads), key=_term, default=None)
         if phase == 50 and leader is not None:
-            self._asleep = leader
-            leader.paused_until_s = world.now_s + self._rng.uniform(1.0, 2.2)
-        # Asked while it sleeps: the kernel keeps the question.
-        if phase > 50 and self._asleep is not None and self._asleep.paused:
-            if self._rng.random() < 0.1:
-                world.read(self._asleep)
+            self._alone = leader
+            for each in world.nodes.values():
+                if each is not leader:
+                    world.cut(leader.name, each.name)
+                    world.cut(each.name, leader.name)
+        elif phase == 200:
+            self._alone = None
+            world.network.cut.clear()
 
 
 def _term(node: SimNode) -> int:

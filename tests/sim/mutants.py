@@ -303,7 +303,7 @@ WORLDS: dict[Callable[[Replace], None], str] = {
     take_old_ack: "stale_acks",
     trust_the_name: "lost_names",
     install_older_snapshot: "membership",
-    read_without_majority: "lost_disks",
+    read_without_majority: "stale_reads",
 }
 """Every mutant, and the kind of world that shows it."""
 

@@ -51,7 +51,7 @@ KINDS = (
     _of_the_log(),
     Kind("whole", of_the_whole.run, "tests.sim.whole.run --seeds"),
     *map(_of_the_log, ("bad-disks", "lost-disks", "membership", "stale-acks", "rivals",
-                       "lost-names")),
+                       "lost-names", "stale-reads")),
 )
 
 

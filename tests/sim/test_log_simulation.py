@@ -53,7 +53,7 @@ def test_the_seeds_of_changing_members_change_them() -> None:
     assert sum(run.run(seed, membership=True).changes for seed in range(5)) > 10
 
 
-@pytest.mark.parametrize("kind", ["stale_acks", "rivals", "lost_names"])
+@pytest.mark.parametrize("kind", ["stale_acks", "rivals", "lost_names", "stale_reads"])
 @pytest.mark.parametrize("seed", range(3))
 def test_worlds_made_for_rare_mistakes_find_none(kind: str, seed: int) -> None:
     assert run.run(seed, **{kind: True}).acked > 0
