@@ -215,6 +215,8 @@ class Raft(Core):
         self._SyncObj__onMessageReceived(peer, message)
 
     def _on_vote(self, peer: Peer, term: int) -> None:
+        if term != self.term:
+            return  # of an election that is over; it must not make those of this one count anew
         if self._votes[0] != term:
             self._votes = (term, set())
         # pysyncobj counts messages: neither voters, nor whether they are any.

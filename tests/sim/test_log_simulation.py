@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pysyncobj.syncobj import _RAFT_STATE
 
+from reconciler.log import pinned
+from reconciler.log.core import Peer
+from reconciler.log.wire import Vote
 from tests.sim import mutants, run
+from tests.sim.world import World
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,3 +113,20 @@ def test_a_broken_promise_is_noticed(mutant: object) -> None:
     # Seldom seen: the first seed that shows it is 195.
     seeds = range(190, 200) if mutant is mutants.commit_on_chunk else range(150)
     assert mutants.caught_at(mutant, seeds) is not None
+
+
+def test_a_vote_that_comes_twice_counts_once_whatever_comes_between() -> None:
+    world = World(random.Random(0), 5, wild=False, slow_s=0.0)
+    try:
+        raft = world.nodes["n0"].raft
+        assert raft is not None
+        raft.follow_term(6)
+        raft._SyncObj__raftState = _RAFT_STATE.CANDIDATE
+        raft._SyncObj__votesCount = 1  # its own
+        for voter, term in (("n1", 6), ("n2", 5), ("n1", 6)):
+            raft.receive(Peer(voter), Vote(term))
+        assert not raft.is_raft_leader  # two of five
+        raft.receive(Peer("n3"), Vote(6))
+        assert raft.is_raft_leader
+    finally:
+        pinned.use_time(time.monotonic, random.Random())
