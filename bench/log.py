@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -90,18 +91,11 @@ async def one_round(number: int, seconds: float, etcd: bool) -> Round:
     return found
 
 
-async def restarts(entries: int, rounds: int, etcd: bool) -> list[dict[str, list[float]]]:
-    """Ours, then etcd's."""
-    found = []
-    for kind in range(1 + etcd):
-        with tempfile.TemporaryDirectory() as folder:
-            cluster = log_faults.clusters(Path(folder), etcd)[kind]
-            found.append(await log_faults.restarts(cluster, entries, rounds))
-    return found
-
-
 async def run(options: argparse.Namespace) -> str:
-    """The whole, as markdown."""
+    """The whole, as markdown. SIGTERM ends it as Control-C does: nothing stays behind."""
+    here = asyncio.current_task()
+    assert here is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, here.cancel)
     etcd = shutil.which("etcd") is not None
     began, load = time.time(), os.getloadavg()[0]
     rounds = []
@@ -113,7 +107,7 @@ async def run(options: argparse.Namespace) -> str:
         options.failovers, options.etcd_failovers if etcd else 0
     )
     print("failovers done", file=sys.stderr, flush=True)
-    restarted = await restarts(options.entries, options.restarts, etcd)
+    restarted = await log_faults.all_restarts(options.entries, options.restarts, etcd)
     loads.append(os.getloadavg()[0])
     head = log_report.Head(time.strftime("%Y-%m-%d"), time.time() - began, loads,
                            options.entries, await version() if etcd else "")

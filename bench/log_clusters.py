@@ -20,6 +20,7 @@ from tests.log.cluster import ROOT, free_members
 
 DEADLINE_S = 120.0
 LOOK_S = 0.005  # between two looks at a node
+NO_SNAPSHOT = 256 << 20  # bytes of journal that nobody here writes: a restart reads every entry
 STREAMS = 64  # writes under way while etcd is filled
 
 
@@ -119,18 +120,21 @@ class Cluster(abc.ABC):
 class Mill(Cluster):
     """Our nodes: with `api` behind the HTTP API, else the log alone."""
 
-    def __init__(self, folder: Path, count: int = 3, *, api: bool) -> None:
+    def __init__(
+        self, folder: Path, count: int = 3, *, api: bool, snapshot_bytes: int = NO_SNAPSHOT
+    ) -> None:
         super().__init__(folder, count)
-        self._api = api
+        self._api, self._snapshot_bytes = api, snapshot_bytes
         authority = Authority(folder)
         for name in self.names:
             authority.issue(name)
 
     async def spawn(self, name: str) -> asyncio.subprocess.Process:
-        listed = ",".join(f"{each}=127.0.0.1:{port}" for each, port in self.inner.items())
+        listed = ",".join(f"{each}={port}" for each, port in self.inner.items())
         ports = [str(port) for port in self.outer.values()] if self._api else []
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "bench.log_member", str(self.folder), name, listed, *ports,
+            sys.executable, "-m", "bench.log_member", str(self.folder), name, listed,
+            str(self._snapshot_bytes), *ports,
             cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             limit=64 << 20,
         )  # fmt: skip
@@ -219,6 +223,8 @@ class Etcd(Cluster):
             "initial-cluster": peers, "logger": "zap", "log-level": "error",
         }  # fmt: skip
         return await asyncio.create_subprocess_exec(
+            # It must not outlive a bench that is killed; our own nodes end with their stdin.
+            "setpriv", "--pdeathsig", "KILL",
             "etcd", *(f"--{option}={value}" for option, value in options.items()),
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """One node of ours as a process of its own, asked by lines of JSON: `bench.log` starts three.
 
-`python -m bench.log_member FOLDER NAME LISTED [API_PORT…]`. Without API ports it is the log alone
-under a machine that keeps nothing; with them (one a node, in the order of LISTED) it is the real
-state machine, ledger and API server over that log.
+`python -m bench.log_member FOLDER NAME LISTED SNAPSHOT_BYTES [API_PORT…]`, LISTED as NAME=PORT,….
+Without API ports it is the log alone under a machine that keeps nothing; with them (one a node, in
+the order of LISTED) it is the real state machine, ledger and API server over that log.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from reconciler.executor.ledger import Ledger, StateMachine
 from reconciler.fsm import commands as c
 from reconciler.fsm.seal import NONCE_BYTES, seal
 from reconciler.log.replica import Replica
+from reconciler.log.settings import Member as LogMember
+from reconciler.log.settings import Settings
 from tests.api.cluster import Seen, WrittenDeploys, WrittenLogs, WrittenSources
-from tests.log.member import settings
 
 KEY = bytes(32)
-SNAPSHOT_BYTES = 256 << 20  # none is due: a restart reads every entry
 PROBES = 200  # commits whose way to the followers is timed
 FILLERS = 256  # proposals under way while entries are made
 
@@ -53,14 +53,25 @@ class Nothing:
 class Member:
     """A replica, and with `ports` all that stands before it."""
 
-    def __init__(self, folder: Path, name: str, listed: str, ports: list[int]) -> None:
+    def __init__(
+        self, folder: Path, name: str, listed: str, snapshot_bytes: int, ports: list[int]
+    ) -> None:
         self.ports, self.names = ports, [each.partition("=")[0] for each in listed.split(",")]
         self.name, self.machine = name, StateMachine()
         self.replica = Replica(
-            settings(folder, name, listed, SNAPSHOT_BYTES), self.machine if ports else Nothing()
+            self._settings(folder, listed, snapshot_bytes), self.machine if ports else Nothing()
         )
         self.applied: dict[int, float] = {}
         self.replica.on_applied(self._note)
+
+    def _settings(self, folder: Path, listed: str, snapshot_bytes: int) -> Settings:
+        named = (each.split("=") for each in listed.split(","))
+        members = tuple(LogMember(one, "127.0.0.1", int(port)) for one, port in named)
+        return Settings(
+            folder=folder / self.name, me=members[self.names.index(self.name)], members=members,
+            ca_file=folder / "ca.pem", cert_file=folder / f"{self.name}.pem",
+            key_file=folder / f"{self.name}.key", snapshot_bytes=snapshot_bytes,
+        )  # fmt: skip
 
     def _note(self, index: int) -> None:
         self.applied[index] = time.monotonic()
@@ -141,8 +152,8 @@ class Member:
         return known
 
 
-async def main(folder: str, name: str, listed: str, *ports: str) -> None:
-    member = Member(Path(folder), name, listed, [int(port) for port in ports])
+async def main(folder: str, name: str, listed: str, snapshot: str, *ports: str) -> None:
+    member = Member(Path(folder), name, listed, int(snapshot), [int(port) for port in ports])
     await member.start()
     reader = asyncio.StreamReader(limit=64 << 20)
     await asyncio.get_running_loop().connect_read_pipe(

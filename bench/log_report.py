@@ -55,7 +55,7 @@ def markdown(
     head: Head,
     rounds: Sequence[Mapping[str, Figures]],
     failovers: tuple[list[float], list[float]],
-    restarts: Sequence[Mapping[str, list[float]]],
+    restarts: Mapping[str, Mapping[str, list[float]]],
 ) -> str:
     """All tables. Ratios are medians of the rounds' own ratios, with their range."""
     peer = f"etcd {head.etcd} with its defaults" if head.etcd else "etcd was not installed"
@@ -141,12 +141,12 @@ def _failover(name: str, found: list[float], aim: str) -> str:
             f"| {ordered[-1]:.2f} | {aim} |")
 
 
-def _restarts(entries: int, restarts: Sequence[Mapping[str, list[float]]]) -> str:
+def _restarts(entries: int, restarts: Mapping[str, Mapping[str, list[float]]]) -> str:
     rows = [
         f"| {name} | {statistics.median(found['cluster']):.2f} | {max(found['cluster']):.2f} "
         f"| {statistics.median(found['follower']):.2f} | {max(found['follower']):.2f} "
         f"| {found['fill'][0]:.1f} |"
-        for name, found in zip(("mill", "etcd"), restarts, strict=False)
+        for name, found in restarts.items()
     ]
     return _table(
         f"| {entries:,} entries, s | all killed: to the next acknowledged write | slowest "
