@@ -231,13 +231,17 @@ class ProcessCluster:
         answer = await self.processes[leader].ask(propose=text)
         return "index" in answer
 
-    async def commands(self, name: str, at_least: int) -> list[bytes]:
-        """What a node's machine holds, once it holds so many."""
+    async def commands(
+        self, name: str, at_least: int, holding: list[bytes] | None = None
+    ) -> list[bytes]:
+        """What a node's machine holds, once it holds so many, and all of `holding`: one whose
+        outcome was open may be among them, so that their number alone does not tell."""
         async with asyncio.timeout(DEADLINE_S):
             while True:
                 answer = await self.processes[name].ask(commands=True)
                 commands = answer["commands"]
                 assert isinstance(commands, list)
-                if len(commands) >= at_least:
-                    return [base64.b64decode(command) for command in commands]
+                found = [base64.b64decode(command) for command in commands]
+                if len(found) >= at_least and set(holding or ()) <= set(found):
+                    return found
                 await asyncio.sleep(0.02)

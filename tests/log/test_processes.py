@@ -48,7 +48,7 @@ async def test_everything_acknowledged_survives_sigkill_of_all_at_once(tmp_path:
                 await process.start()
         assert len(acked) == 75
         for name in cluster.processes:
-            commands = await cluster.commands(name, len(acked))
+            commands = await cluster.commands(name, len(acked), acked)
             assert [each for each in commands if each in set(acked)] == acked
             assert len(commands) == len(set(commands)), "none applied twice"
 
@@ -136,5 +136,5 @@ async def test_a_full_disk_closes_the_log_of_this_node_until_there_is_room(
         node.limit_files(resource.RLIM_INFINITY)
         cluster.processes[full] = node
         for name in cluster.processes:
-            commands = await cluster.commands(name, len(acked))
+            commands = await cluster.commands(name, len(acked), acked)
             assert [each for each in commands if each in set(acked)] == acked
