@@ -151,8 +151,10 @@ class Drain:
             return may_go(state, pair, self.ledger.clock.wall_ms())
         now = self.ledger.clock.monotonic()
         since, index = self._healthy.setdefault(pair.stays.id, (now, state.index))
-        return now - since >= ROUTED_S or all(
-            link.edge_index >= index for link in self.links.all() if link.connected)
+        # Right after an election no link stands yet, and none has said anything.
+        connected = [link for link in self.links.all() if link.connected]
+        return now - since >= ROUTED_S or (
+            bool(connected) and all(link.edge_index >= index for link in connected))
 
     async def _retire(self, pair: Pair) -> None:
         await self.ledger.propose(

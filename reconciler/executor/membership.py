@@ -235,7 +235,10 @@ def _voters(view: _View) -> Step | None:
     comes: fewer are needed for a majority then; else another comes first."""
     target = _target(view)
     drop = view.best_first(view.voters - target)
+    heirs = [name for name in view.best_first(view.voters & target) if view.caught_up(name)]
     silent = [name for name in drop if not view.answers(name)]
+    if silent and view.me in view.gone and heirs:
+        return Handover(heirs[0])
     if silent:
         return _demote(view, silent[-1])
     add = view.best_first(target - view.voters)
@@ -243,15 +246,18 @@ def _voters(view: _View) -> Step | None:
         return Promote(add[0])
     others = [name for name in drop if name != view.me]
     if others:
-        return _demote(view, others[-1])
-    heirs = [name for name in view.best_first(view.voters & target) if view.caught_up(name)]
+        step = _demote(view, others[-1])
+        if step is not None or view.me not in view.gone:
+            return step
     return Handover(heirs[0]) if drop and heirs else None
 
 
 def _demote(view: _View, name: str) -> Step | None:
-    """Never below a majority that answers."""
+    """Never below a majority that answers. One that was removed answers only until it has learnt
+    so: who stays does not lose its vote on such a word, for nobody could undo what waits for it."""
     left = view.voters - {name}
-    return Demote(name) if 2 * sum(map(view.answers, left)) > len(left) else None
+    counted = left if name in view.gone else left - view.gone
+    return Demote(name) if 2 * sum(map(view.answers, counted)) > len(left) else None
 
 
 def _target(view: _View) -> frozenset[str]:

@@ -17,16 +17,20 @@ from msgspec.structs import replace as with_fields
 
 from reconciler.edge import table
 from reconciler.errors import Conflict
-from reconciler.executor import admit
+from reconciler.executor import admit, membership
+from reconciler.executor import drain as drain_module
+from reconciler.executor.agent import terms
 from reconciler.executor.agent.orders import AllocReport, Inventory, Report, Start
 from reconciler.executor.agent.server import AgentServer
 from reconciler.executor.agent.supervise import Actor, Found, Supervisor
+from reconciler.executor.agent.terms import Terms
 from reconciler.executor.bring_up import BringUp
+from reconciler.executor.drain import Drain
 from reconciler.executor.heal import Heal
 from reconciler.executor.links import Link
 from reconciler.executor.retire import Retire
 from reconciler.fsm import apply as fsm_apply
-from reconciler.fsm import apply_deploys
+from reconciler.fsm import apply_allocations, apply_deploys
 from reconciler.fsm import commands as c
 from reconciler.fsm.records import ENDED, Allocation, Change, Deploy
 from reconciler.fsm.state import State
@@ -213,6 +217,67 @@ def report_health_unseen(replace: Replace) -> None:
     replace(Actor, "_say", well)
 
 
+def forget_terms(replace: Replace) -> None:
+    """Agents begin each life without a term."""
+    replace(Terms, "newest", lambda terms: 0)
+
+
+def keep_terms_unsynced(replace: Replace) -> None:
+    """What an agent keeps of its terms is there after a power cut, or is not."""
+    replace(terms, "_sync", lambda folder: None)
+
+
+def drain_before_it_serves(replace: Replace) -> None:
+    """Neither the drain nor the state waits until the replacement is healthy."""
+    retire = apply_allocations.retire_alloc
+
+    def blind(state: State, command: c.RetireAlloc) -> State | Refused:
+        stays = state.allocations.get(command.successor)
+        if stays is None:
+            return retire(state, command)
+        well = with_fields(stays, status="healthy")
+        after = retire(with_fields(state, allocations={**state.allocations, stays.id: well}),
+                       command)
+        return after if isinstance(after, Refused) else with_fields(
+            after, allocations={**after.allocations, stays.id: stays})
+
+    replace(fsm_apply, "retire_alloc", blind)
+    replace(Drain, "_over", lambda drain, state, pair: True)
+
+
+def drain_without_the_edges(replace: Replace) -> None:
+    """A drain retires as soon as the replacement is healthy, whether the edges know or not."""
+    replace(Drain, "_over", lambda drain, state, pair: pair.stays.status == "healthy")
+
+
+def drain_in_words_alone(replace: Replace) -> None:
+    """Nothing is ever moved off a draining node."""
+    replace(drain_module, "stranded", lambda state: [])
+
+
+def never_promote(replace: Replace) -> None:
+    """Who joins only follows, for ever."""
+    replace(membership, "wanted_voters", lambda nodes: 1)
+
+
+def lead_on_while_draining(replace: Replace) -> None:
+    """A leader that is to vote no more keeps its leadership."""
+
+    async def no(_drain: object, _state: object, _leaving: object) -> bool:
+        return False
+
+    async def stays(_replica: object, to: str | None = None) -> None:
+        raise Conflict(f"{to} cannot lead")
+
+    replace(Drain, "_hand_over", no)
+    replace(SimReplica, "transfer", stays)
+
+
+def remove_in_the_state_alone(replace: Replace) -> None:
+    """Who was removed stays a member of the log."""
+    replace(membership, "_learners", lambda view: None)
+
+
 def answer_who_was_cancelled(replace: Replace) -> None:
     """A proposer that is cancelled as its answer comes gets the answer instead, as `wait_for` has
     it before Python 3.12: loops of a leader that was deposed go on."""
@@ -241,6 +306,14 @@ MUTANTS: tuple[Mutant, ...] = (
     commit_after_cancel,
     report_health_unseen,
     answer_who_was_cancelled,
+    forget_terms,
+    keep_terms_unsynced,
+    drain_before_it_serves,
+    drain_without_the_edges,
+    drain_in_words_alone,
+    never_promote,
+    lead_on_while_draining,
+    remove_in_the_state_alone,
 )
 
 

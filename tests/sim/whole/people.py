@@ -30,7 +30,8 @@ Ask = Callable[[Process], Awaitable[str]]
 
 @dataclass
 class Wish:
-    """One thing that somebody wants; `key` makes it one thing however often it is asked."""
+    """One thing that somebody wants; `key` makes it one thing however often it is asked. One that
+    `persists` is asked for until it is done."""
 
     what: str
     key: str
@@ -38,6 +39,7 @@ class Wish:
     tries: int = 0
     asked_s: float = 0.0
     answered: bool = True
+    persists: bool = False
 
 
 @dataclass
@@ -79,7 +81,7 @@ class People:
 
     def _ask(self, wish: Wish) -> None:
         wish.tries += 1
-        if wish.tries > TRIES:
+        if wish.tries > TRIES and not wish.persists:
             self.wishes.remove(wish)
             return
         wish.asked_s = self.world.now_s
@@ -92,7 +94,7 @@ class People:
 
     def _door(self) -> WholeNode | None:
         """Most find the leader, some a node that only thinks that it leads."""
-        up = [n for n in self.world.whole.values() if n.process is not None and not n.frozen]
+        up = [n for n in self.world.present if n.process is not None and not n.frozen]
         leaders = [n for n in up if n.process is not None and n.process.replica.is_leader]
         among = leaders if leaders and self.world.rng.random() < 0.9 else up
         return self.world.rng.choice(among) if among else None
@@ -108,7 +110,8 @@ class People:
             self.said[f"{wish.what}: {type(error).__name__}"] += 1
             if not isinstance(error, MillError):
                 self.world.fail(f"{wish.what} raised {error!r}")
-            elif error.status not in (502, 503, 409) or self.world.rng.random() < 0.2:
+            elif not wish.persists and (error.status not in (502, 503, 409)
+                                        or self.world.rng.random() < 0.2):
                 self.wishes.remove(wish)
             return
         self.wishes.remove(wish)

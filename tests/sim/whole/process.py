@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import msgspec
 
@@ -19,15 +19,22 @@ from reconciler.executor.agent.orders import AllocReport, Beat, Report, Start
 from reconciler.executor.agent.server import AgentServer
 from reconciler.executor.agent.supervise import Supervisor
 from reconciler.executor.containerd.registry import PullFailed
+from reconciler.executor.drain import leave
+from reconciler.executor.drains import Nodes
 from reconciler.executor.front import Front
 from reconciler.executor.leader import Leader
 from reconciler.executor.ledger import CommandRefused, Ledger, StateMachine
 from reconciler.executor.links import Links
+from reconciler.executor.membership import Membership
 from reconciler.fsm import commands as c
 from reconciler.fsm.records import Secret
 from reconciler.language.read import Position, Reading
 from reconciler.language.spec import Manifest, ServiceSpec
+from reconciler.log.settings import Member
+from reconciler.node_following import until_removed
 from reconciler.node_leading import Leading
+from reconciler.node_members import LogMembers
+from reconciler.node_removal import ALONE_S, ANSWER_S, ANYHOW_S
 from tests.sim.whole.containers import GONE, tag_of
 from tests.sim.whole.loop import SimLoop
 from tests.sim.whole.replica import SimReplica
@@ -125,20 +132,39 @@ class SimLeading(Leading):
         process = self._process
         world = process.world
         self.links = Links(self.ledger, process.name, SimCredentials(world.streams, process),
-                           process.clock)
-        await Leader(self.ledger, self.links, world.new_id, others=(self._found,)).run(term)
+                           process.clock, led=lambda: process.replica.is_followed)
+        members = process.members
+        others = (self._found, Membership(self.ledger, members, process.name).run)
+        await Leader(self.ledger, self.links, world.new_id, others=others,
+                     transfer=members.transfer).run(term)
 
     async def _found(self, _term: int) -> None:
-        names = list(self._process.world.whole)
-        for number, name in enumerate(names, start=1):
-            if name not in self.ledger.state.nodes:
+        founding = not self.ledger.state.cluster
+        for number, member in enumerate(self._process.world.founding, start=1):
+            if founding and member.name not in self.ledger.state.nodes:
                 await self.ledger.propose(c.RegisterNode(
-                    name=name, number=number, api=f"{name}:4400", agent=f"{name}:4402",
-                    cpu_milli=4000, memory_bytes=4_000_000_000))
-        if not self.ledger.state.cluster:
+                    name=member.name, number=number, **where(member)))
+        if founding:
             with contextlib.suppress(CommandRefused):
                 await self.ledger.propose(c.InitCluster("sim", "t", "0" * 64))
         await asyncio.Event().wait()
+
+
+class Capacity(TypedDict):
+    """What every machine says of itself when it is founded or joins."""
+
+    api: str
+    agent: str
+    log: str
+    cpu_milli: int
+    memory_bytes: int
+
+
+def where(member: Member) -> Capacity:
+    """Where it is found, and what it has room for."""
+    host = member.host
+    return Capacity(api=f"{host}:4400", agent=f"{host}:4402", log=f"{host}:{member.port}",
+                    cpu_milli=4000, memory_bytes=4_000_000_000)
 
 
 class Process:
@@ -151,6 +177,8 @@ class Process:
         self.machine = WatchedMachine(node)
         self.replica = SimReplica(node, self.loop)
         self.ledger = Ledger(self.replica, self.machine, self.clock)
+        self.members = LogMembers(self.replica)  # type: ignore[arg-type]  # the world's
+        self.nodes = Nodes(self.ledger, self.members.out)
         self.leading = SimLeading(self)
         self.agent: AgentServer | None = None
         self.edge_index = 0
@@ -166,12 +194,53 @@ class Process:
         self.replica.on_leadership(self.leading.changed)
         containers = self.node.containers
         agent = Guarded(self.name, self._supervisor, containers, containers, self._the_beat,
-                        lambda: self.replica.term, lambda: self.ledger.state.nodes)
+                        lambda: self.replica.term, lambda: self.ledger.state.nodes,
+                        kept=self.node.kept, confirm=self.replica.confirm_leader)
         async with asyncio.TaskGroup() as group:
             await self._supervisor.recover(group)
             self.agent = agent
             group.create_task(self._serve_edge())
             group.create_task(self.leading.run())
+            group.create_task(self._until_out())
+
+    async def _until_out(self) -> None:
+        """As `Node` and `node_removal.until_out` have it; then the machine is the world's."""
+        tasks = [asyncio.ensure_future(until_removed(self.ledger, self.name)),
+                 asyncio.ensure_future(self._until_disowned())]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await leave(self.ledger, self.replica.transfer, self.name)
+        self.node.out = True
+
+    async def _until_disowned(self) -> None:
+        quiet_s = 0.0
+        while True:
+            await asyncio.sleep(ALONE_S)
+            quiet_s += ALONE_S
+            known = self.replica.leader is not None and self.name in self.ledger.state.nodes
+            if known and quiet_s < ANYHOW_S:
+                continue
+            quiet_s = 0.0
+            if await self._disowned():
+                return
+
+    async def _disowned(self) -> bool:
+        """Ask the leader through its API, if it can be reached."""
+        for other in self.world.present:
+            there, cut = other.process, self.world.streams.cut
+            ways = {(self.name, other.name), (other.name, self.name)}
+            if there is None or other.frozen or not there.replica.is_leader or ways & cut:
+                continue
+            asking = there.loop.create_task(there.ledger.read())
+            until_s = self.clock.monotonic() + ANSWER_S
+            while not asking.done() and self.clock.monotonic() < until_s:
+                await asyncio.sleep(0.05)
+            if asking.done() and not asking.cancelled() and asking.exception() is None:
+                state = asking.result()
+                # Machines are founded by one alone; this world's founders come one after another.
+                return bool(state.cluster) and self.name not in state.nodes
+        return False
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from reconciler.edge.table import EdgeTable, edge_table
 from reconciler.executor.agent.orders import Start
 from reconciler.fsm.codec import encode_state
-from reconciler.fsm.events import Event
+from reconciler.fsm.events import Event, Note
 from reconciler.fsm.records import ENDED, Allocation, Deploy
 from reconciler.fsm.state import State
 from tests.sim.invariants import Invariants, Violation
@@ -54,13 +54,14 @@ class Promises:
         self._hashes: dict[int, bytes] = {}
         self._healthy: set[tuple[str, int]] = set()
         self._term_of: dict[str, int] = {}  # node -> the newest term that its agent obeyed
+        self._removed: dict[str, int] = {}  # node -> the index at which it was
         self._last_event = 0
         self._ended: dict[str, int] = {}  # deploy -> where its terminal event stands
         self._begun: dict[str, tuple[float, dict[str, tuple[str, int]]]] = {}
         self.starts: Counter[str] = Counter()
         self.hits: dict[str, float] = {}  # node -> when the world last did it harm
         self.outcomes: Counter[str] = Counter()
-        self.refused_sessions = 0
+        self.moves = 0
 
     # -- states ----------------------------------------------------------------------------
 
@@ -74,6 +75,9 @@ class Promises:
             self._one_set_at_a_time(before, after)
             self._routed(after)
             self._told(before, after)
+            self._moved(before, after)
+            for gone in before.nodes.keys() - after.nodes.keys():
+                self._removed[gone] = after.index
 
     def loaded(self, name: str, state: State) -> None:
         """A snapshot is a state that was applied."""
@@ -148,6 +152,33 @@ class Promises:
         if sum(not d.finished for d in after.deploys.values()) > 1:
             raise Violation(f"two deploys run at {after.index}")
 
+    def _moved(self, before: State, after: State) -> None:
+        """A drain takes nothing away before what takes its place is there, and known to be."""
+        for event in _new_events(before, after):
+            note = event.data
+            if not isinstance(note, Note) or note.kind != "moved":
+                continue
+            goes = before.allocations[note.subject]
+            if goes.status != "healthy":
+                continue
+            stay = [a for a in after.allocations.values()
+                    if (a.service, a.slot, a.live) == (goes.service, goes.slot, True)
+                    and (a.id, a.restarts) in self._healthy and a.status == "healthy"]
+            if not stay:
+                raise Violation(f"{goes.id} moves at {after.index}, and nothing takes its place")
+            self.moves += 1
+            self._known_at_edges(goes, stay[0])
+
+    def _known_at_edges(self, goes: Allocation, stays: Allocation) -> None:
+        if stays.port is None:
+            return
+        for node in self._world.present:
+            if self._world.now_s - self.hits.get(node.name, 0.0) < RECOVERY_S:
+                continue
+            if stays.address not in {ip for _, ip, _ in endpoints(node.edge)}:
+                raise Violation(f"{goes.id} moves, and the edge of {node.name} does not know of "
+                                f"{stays.id}")
+
     def _standing(self, state: State, deploy: Deploy) -> dict[str, tuple[str, int]]:
         """Allocations of what the deploy leaves alone: their node, and how often they started."""
         changed = {c.service for c in deploy.changes if c.action != "unchanged"}
@@ -170,14 +201,12 @@ class Promises:
     def obeys(self, node: WholeNode, term: int) -> None:
         """Never an older term after a newer, whatever was restarted in between."""
         newest = self._term_of.get(node.name, 0)
+        process, removed = node.process, self._removed.get(node.name, 0)
+        if process is not None and removed and process.ledger.state.index >= removed:
+            self._broken(f"{node.name} obeys though it knows that it was removed")
         if term < newest:
             self._broken(f"{node.name} obeys term {term} after term {newest}")
         self._term_of[node.name] = term
-
-    def forgets(self, node: str) -> None:
-        """With its disk the machine has lost the terms that it knew. Until its log has heard of
-        a newer one, its agent takes the word of whoever led before: seeds 34 and 45 showed it."""
-        self._term_of.pop(node, None)
 
     def starts_container(self, node: str, order: Start, former: Container | None) -> None:
         """Only what the log has ordered, and nothing that runs already."""
@@ -204,8 +233,13 @@ class Promises:
             if new and needed not in deploy.healthy:
                 self._broken(f"{alloc.id} starts before {needed}, on which it depends")
 
-    def accepts(self, node: WholeNode, term: int) -> None:
-        """A session is an agent's obedience; the older leader's must not take the newer's place."""
+    def accepts(self, node: WholeNode, leader: str, term: int) -> None:
+        """A session is an agent's obedience; the older leader's must not take the newer's place,
+        and one that was removed has none."""
+        process = node.process
+        nodes = process.ledger.state.nodes if process is not None else {}
+        if nodes and leader not in nodes:
+            self._broken(f"{node.name} obeys {leader}, which it knows to be no node")
         self.obeys(node, term)
 
     def stops_container(self, node: str, alloc_id: str, there: Container | None) -> None:

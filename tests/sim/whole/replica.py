@@ -7,13 +7,15 @@ before answers before leadership before the applied index, as the real one deliv
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from reconciler.errors import MillError
+from reconciler.log.configuration import Change, Demote, Progress, Remove
 from reconciler.log.errors import LogClosed, NoMajority, NotLeader, OutcomeUnknown
 from reconciler.log.hardening import Raft
+from reconciler.log.settings import Membership
 from tests.sim.whole.loop import SimLoop
 
 T = TypeVar("T")
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 class Status:
     """What the log last said of itself."""
 
+    membership: Membership
     leading: bool = False
     leader: str | None = None
     term: int = 0
@@ -46,7 +49,7 @@ class SimReplica:
 
     def __init__(self, node: WholeNode, loop: SimLoop) -> None:
         self._node, self._loop = node, loop
-        self._status, self._told = Status(), Status()
+        self._status = self._told = Status(Membership(node.founding))
         self._leading = False
         self._answers: list[Callable[[], None]] = []
         self._leadership: list[tuple[bool, int]] = []
@@ -58,6 +61,17 @@ class SimReplica:
     def is_leader(self) -> bool:
         """Leads, with everything ever committed applied here."""
         return self._status.leading
+
+    @property
+    def is_followed(self) -> bool:
+        """Leads, and a majority has answered it just now."""
+        raft = self._node.raft
+        return raft is not None and raft.members.is_followed()
+
+    async def confirm_leader(self, timeout_s: float = 5.0) -> int:
+        """The term in which this node is, right now, the one leader."""
+        await self.read_index(timeout_s)
+        return self.term
 
     @property
     def leader(self) -> str | None:
@@ -73,6 +87,15 @@ class SimReplica:
     def applied_index(self) -> int:
         """The highest index that is applied here."""
         return self._status.applied_index
+
+    @property
+    def membership(self) -> Membership:
+        """Who takes part, in effect at this node."""
+        return self._status.membership
+
+    def progress(self) -> Mapping[str, Progress]:
+        """What this leader knows of each other member; empty where it does not lead."""
+        return {} if self._node.raft is None else self._node.raft.members.progress()
 
     def on_applied(self, callback: Callable[[int], None]) -> None:
         """Call it in the loop after the index moved."""
@@ -120,6 +143,40 @@ class SimReplica:
         except TimeoutError as error:
             raise NoMajority(f"no confirmation within {timeout_s:g} s") from error
 
+    async def change(self, change: Change, timeout_s: float = 10.0) -> int:
+        """Change who takes part: the index of the entry that does it, committed on return."""
+        raft = self._raft()
+        if isinstance(change, Demote | Remove) and change.name == self._node.name:
+            if self.is_leader:
+                await self.transfer()
+            raise NotLeader(None if self.leader == self._node.name else self.leader)
+        future: asyncio.Future[int] = self._loop.create_future()
+
+        def done(index: int, _result: object, error: MillError | None) -> None:
+            self._node.world.changes += error is None
+            self._answers.append(lambda: _settle(future, index, error))
+
+        raft.members.ask(change, done)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError as error:
+            raise OutcomeUnknown(f"no commit within {timeout_s:g} s") from error
+
+    async def transfer(self, to: str | None = None) -> None:
+        """Hand leadership to voter `to`, or to the one that has the most, and go on following."""
+        raft = self._raft()
+        future: asyncio.Future[None] = self._loop.create_future()
+
+        def done(error: MillError | None) -> None:
+            self._node.world.handovers += error is None
+            self._answers.append(lambda: _settle(future, None, error))
+
+        if to == self._node.name:
+            return
+        raft.hand_over(to, done)
+        await future
+
     @property
     def announced(self) -> bool:
         """The log has said that it leads, and not yet that it ceased to."""
@@ -130,7 +187,8 @@ class SimReplica:
     def opened(self, raft: Raft) -> None:
         """A log is open, again or for the first time."""
         self.closed = ""
-        self._status = Status(False, raft.leader, raft.term, raft.applied_index)
+        self._status = Status(
+            raft.members.latest, False, raft.leader, raft.term, raft.applied_index)
 
     def shut(self, why: str) -> None:
         """A failing disk has closed it."""
@@ -143,7 +201,8 @@ class SimReplica:
 
     def flush(self, raft: Raft) -> None:
         """Hand over what happened since the last call."""
-        status = Status(self._leading, raft.leader, raft.term, raft.applied_index)
+        status = Status(
+            raft.members.latest, self._leading, raft.leader, raft.term, raft.applied_index)
         if status == self._told and not self._answers and not self._leadership:
             return
         self._told = status

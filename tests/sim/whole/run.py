@@ -23,9 +23,11 @@ from typing import Any, NoReturn
 import structlog
 
 from reconciler.errors import MillError
+from reconciler.executor.membership import wanted_voters
 from reconciler.fsm.records import ENDED
 from reconciler.log import pinned
 from tests.sim.invariants import Violation
+from tests.sim.whole.machines import Machines
 from tests.sim.whole.people import People
 from tests.sim.whole.promises import endpoints
 from tests.sim.whole.trouble import Trouble
@@ -46,6 +48,9 @@ class Report:
     seed: int
     digest: str
     nodes: int
+    changes: int  # of the log's members
+    handovers: int
+    moves: int  # of what served, by drains
     steps: int
     index: int
     highest_term: int
@@ -67,11 +72,13 @@ def run(seed: int, steps: int = STEPS) -> Report:
             people = People(world, every_s=rng.choice((0.5, 2.0, 5.0)))
             trouble = Trouble(world, every_s=rng.choice((1.0, 3.0, 6.0, 15.0)),
                               revive=rng.choice((0.5, 0.8, 1.0)))
+            machines = Machines(world, people, every_s=rng.choice((4.0, 8.0, 20.0)))
             for _ in range(ROUNDS):
                 world.network.wild, world.network._slow_s = wild, slow_s
                 for _ in range(steps):
                     world.step()
                     people.step()
+                    machines.step()
                     trouble.step()
                 _settle(world, people)
             people.check()
@@ -88,7 +95,7 @@ def _settle(world: WholeWorld, people: People) -> None:
     while calm < 200:
         if steps > QUIET_STEPS:
             raise Violation(f"not quiet {QUIET_STEPS / 100:.0f} s after the last fault: "
-                            f"{_unrest(world, people)}")
+                            f"{_unrest(world, people)}; {dict(people.said)}")
         world.step()
         people.step(more=False)
         steps += 1
@@ -99,11 +106,9 @@ def _settle(world: WholeWorld, people: People) -> None:
 def _unrest(world: WholeWorld, people: People) -> str:
     """Why it is not quiet yet; "" where it is."""
     state = world.promises.newest
-    if len(state.nodes) < len(world.whole) or not state.cluster:
-        return "not all nodes are founded"
-    away = [n.name for n in state.nodes.values() if n.status != "ready"]
-    if away:
-        return f"{away} are not ready"
+    machines = _restless_machines(world)
+    if machines:
+        return machines
     if state.active_deploy:
         return f"{state.active_deploy} is {state.deploys[state.active_deploy].outcome}"
     if people.wishes:
@@ -116,7 +121,7 @@ def _unrest(world: WholeWorld, people: People) -> str:
         held = sorted(a.slot for a in state.of_service(name) if a.live)
         if spec is None or held != list(range(spec.replicas)):
             return f"{name} has slots {held} of {spec.replicas if spec else None}"
-    for node in world.whole.values():
+    for node in world.present:
         wanted = {a.id for a in state.of_node(node.name)}
         there = {a for a, c_ in node.containers.by_alloc.items() if c_.ended is None}
         if wanted != there or there != set(node.containers.by_alloc):
@@ -129,10 +134,40 @@ def _unrest(world: WholeWorld, people: People) -> str:
     return ""
 
 
+def _restless_machines(world: WholeWorld) -> str:
+    """Who takes part, who votes, and who leads is as the nodes of the state say."""
+    state, members = world.promises.newest, world.invariants.members
+    here = {node.name for node in world.present}
+    if state.nodes.keys() != here or not state.cluster:
+        return f"{sorted(here)} are here, {sorted(state.nodes)} are nodes"
+    away = [n.name for n in state.nodes.values()
+            if n.status != ("draining" if n.draining else "ready")]
+    if away:
+        return f"{away} are not ready"
+    leaving = {n.name for n in state.nodes.values() if n.draining}
+    full = [a.id for a in state.allocations.values() if a.node in leaving and a.status not in ENDED]
+    if full:
+        return f"{full} are on {sorted(leaving)}, which drain"
+    everyone, voters = world.founding, world.founding
+    if members is not None:
+        everyone, voters = members.everyone, members.voters
+    if {each.name for each in everyone} != here:
+        return f"the log's members are {[each.name for each in everyone]}"
+    voting = {each.name for each in voters}
+    fit = here - leaving
+    if len(voting) != wanted_voters(len(here)) or (voting & leaving and fit - voting):
+        return f"{sorted(voting)} vote, {sorted(leaving)} drain"
+    leaders = {node.name for node in world.present if node.leads}
+    if len(leaders) != 1 or (leaders & leaving and fit):
+        return f"{sorted(leaders)} lead, {sorted(leaving)} drain, {sorted(voting)} vote"
+    return ""
+
+
 def _report(seed: int, world: WholeWorld, people: People, trouble: Trouble) -> Report:
     world.digest.update(world.network.digest.digest())
     return Report(
-        seed, world.digest.hexdigest()[:16], len(world.whole), world.steps,
+        seed, world.digest.hexdigest()[:16], len(world.present), world.changes,
+        world.handovers, world.promises.moves, world.steps,
         world.promises.newest.index, max(node.term for node in world.live),
         world.promises.outcomes, world.promises.starts.total(), trouble.counts, people.said,
     )
@@ -209,6 +244,8 @@ def main(arguments: list[str]) -> int:
           f"{sum(r.steps for r in reports) * 0.01:.0f} simulated s in {took_s:.1f} s, "
           f"{sum(r.index for r in reports)} entries, {sum(r.starts for r in reports)} containers, "
           f"deploys {_total(r.outcomes for r in reports)}, "
+          f"member changes {sum(r.changes for r in reports)}, "
+          f"handovers {sum(r.handovers for r in reports)}, moves {sum(r.moves for r in reports)}, "
           f"troubles {_total(r.troubles for r in reports)}, "
           f"last digest {reports[-1].digest if reports else '-'}")
     return 1 if failed else 0

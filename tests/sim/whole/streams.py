@@ -183,7 +183,8 @@ class Stream:
 
     def accepted(self, term: int) -> None:
         """The agent has taken the session on."""
-        self._world.promises.accepts(self._world.whole[self.down.target], term)
+        target = self._world.whole[self.down.target]
+        self._world.promises.accepts(target, self.leader.name, term)
 
     def leader_gone(self, *, power: bool) -> None:
         """The leader's process was killed, or its machine has lost its power."""

@@ -25,7 +25,7 @@ class Trouble:
             return
         rng = self.world.rng
         self._next_s = self.world.now_s + rng.uniform(0.2, 1.8) * self.every_s
-        nodes = list(self.world.whole.values())
+        nodes = self.world.present
         leading = [n for n in nodes if n.leads]
         kind = rng.choices(
             ("power", "kill", "bounce", "part", "one_way", "alone", "pause", "stall", "disk",
@@ -62,16 +62,16 @@ class Trouble:
         self.world.restart(node)
 
     def _part(self, node: WholeNode) -> None:
-        other = self.world.rng.choice(list(self.world.whole.values()))
+        other = self.world.rng.choice(self.world.present)
         self._cut([(node.name, other.name), (other.name, node.name)])
 
     def _one_way(self, node: WholeNode) -> None:
-        other = self.world.rng.choice(list(self.world.whole.values()))
+        other = self.world.rng.choice(self.world.present)
         ways = [(node.name, other.name), (other.name, node.name)]
         self._cut([self.world.rng.choice(ways)])
 
     def _alone(self, node: WholeNode) -> None:
-        others = [name for name in self.world.whole if name != node.name]
+        others = [each.name for each in self.world.present if each is not node]
         self._cut([way for name in others for way in ((node.name, name), (name, node.name))])
 
     def _cut(self, ways: list[tuple[str, str]]) -> None:
@@ -105,10 +105,14 @@ class Trouble:
                 node.disk.flaky = self.world.rng.choice((0.02, 0.2))
 
     def _wipe(self, node: WholeNode) -> None:
-        """Its disk is lost and another in its place: one at a time, of three or five."""
-        if len(self.world.whole) > 2 and not self.world.rejoining:
+        """Its disk is lost and another in its place: one at a time, of three or five voters."""
+        known = self.world.invariants.members
+        voters = known.voters if known else self.world.founding
+        found = {each.name for each in node.founding} - {node.name}
+        there = {each.name for each in self.world.present}
+        # With its log it loses all names but those that it was set up with.
+        if len(voters) > 2 and self.world.settled and found & there:
             self.world.promises.hit(node.name)
-            self.world.promises.forgets(node.name)
             self.world.wipe(node)
 
     def _clock(self, node: WholeNode) -> None:
@@ -116,7 +120,7 @@ class Trouble:
                                   * self.world.rng.uniform(-1.0, 1.0))
 
     def _blackout(self, _node: WholeNode) -> None:
-        for node in self.world.whole.values():
+        for node in self.world.present:
             self._power(node)
 
     def _exits(self, node: WholeNode) -> None:

@@ -8,15 +8,18 @@ import shutil
 from pathlib import Path
 
 from reconciler.edge.table import EdgeTable
+from reconciler.executor.membership import wanted_voters
+from reconciler.executor.moves import draining, pairs
 from reconciler.log.reopening import reopen
 from reconciler.log.settings import Member
 from tests.sim.invariants import Violation
 from tests.sim.whole.containers import Containers
+from tests.sim.whole.kept import KeptTerms
 from tests.sim.whole.loop import SimLoop
 from tests.sim.whole.process import Process
 from tests.sim.whole.promises import LogPromises, Promises
 from tests.sim.whole.streams import Streams
-from tests.sim.world import SimNode, World, member
+from tests.sim.world import SimNode, World
 
 HARM_STEPS = 10
 
@@ -29,12 +32,20 @@ class WholeNode(SimNode):
     def __init__(self, world: WholeWorld, name: str, founding: tuple[Member, ...]) -> None:
         super().__init__(world, name, founding)
         self.folder = world.folder / name
+        self.kept = KeptTerms(world.folder / f"{name}.term")  # beside its log, which may be lost
+        self.out = False  # it has learnt that it was removed: its process is ending
+        self.gone = False  # and its machine is scrapped
         self.containers = Containers(self)
         self.process: Process | None = None
         self.powered = True
         self.frozen_until_s = 0.0  # the whole process; `paused_until_s` is of its raft thread
         self.wall_off_ms = 0
         self.edge = EdgeTable()
+
+    @property
+    def here(self) -> bool:
+        """A machine of this cluster: it has joined, and does not know of its removal."""
+        return not self.gone and self.name in self.world.nodes
 
     @property
     def frozen(self) -> bool:
@@ -94,6 +105,7 @@ class WholeNode(SimNode):
         self.powered = False
         self.containers.cut_power()
         self.edge = EdgeTable()
+        self.kept.cut_power(rng)
         if process is not None:
             self.world.streams.gone(process, power=True)
         if self.folder.exists():
@@ -123,7 +135,7 @@ def _lose(path: Path, rng: random.Random) -> None:
 
 
 class WholeWorld(World):
-    """`members` machines, all of them voters."""
+    """`members` machines found the cluster, all of them voters; others join."""
 
     invariants: LogPromises
 
@@ -139,12 +151,41 @@ class WholeWorld(World):
         self.digest = hashlib.sha256()
         self.failure = ""
         self._ids = 0
-        self.whole: dict[str, WholeNode] = {}
-        founding = tuple(member(f"n{number}") for number in range(1, members + 1))
+        self.handovers = 0
+        self.whole: dict[str, WholeNode] = {}  # those that will join and those that left too
+        self._arriving: list[tuple[WholeNode, tuple[Member, ...]]] = []
+        founding = self.founding = tuple(member(number) for number in range(1, members + 1))
         for each in founding:
             self.whole[each.name] = self.nodes[each.name] = WholeNode(self, each.name, founding)
         for node in self.whole.values():
             self._in(node, node.start)
+
+    @property
+    def present(self) -> list[WholeNode]:
+        """The cluster's machines."""
+        return [node for node in self.whole.values() if node.here]
+
+    @property
+    def settled(self) -> bool:
+        """Members of the log are the nodes of the state, as many vote as should, none without its
+        disk. Else a machine that is lost for good may have been one too many."""
+        nodes = self.promises.newest.nodes
+        known = self.invariants.members
+        voters = known.voters if known else self.founding
+        everyone = {each.name for each in (known.everyone if known else self.founding)}
+        return (everyone == nodes.keys() and len(voters) == wanted_voters(len(nodes))
+                and not self.rejoining)
+
+    def new_machine(self) -> WholeNode:
+        """One that nobody knows yet; it is off until it `arrive`s."""
+        name = f"n{len(self.whole) + 1}"
+        node = self.whole[name] = WholeNode(self, name, ())
+        node.powered = False
+        return node
+
+    def arrive(self, node: WholeNode, found: tuple[Member, ...]) -> None:
+        """It has joined: at the end of this step it starts, and knows of these members."""
+        self._arriving.append((node, found))
 
     def new_id(self, service: str) -> str:
         """An allocation's."""
@@ -167,6 +208,7 @@ class WholeWorld(World):
             node.containers.step()
             if node.process is not None and not node.frozen:
                 node.process.loop.pump()
+        self._come_and_go()
         if self.steps % HARM_STEPS == 0:
             self._harm()
             self._look_for_the_deaf()
@@ -175,17 +217,36 @@ class WholeWorld(World):
 
     def heal(self) -> None:
         """End every fault; restart everybody."""
+        self.network.heal()
         self.streams.cut.clear()
-        for node in self.whole.values():
-            node.frozen_until_s = 0.0
+        for node in self.present:
+            node.frozen_until_s = node.paused_until_s = 0.0
             node.containers.recover()
-        super().heal()
+            node.disk.mend()
+            if node.process is None:
+                self.restart(node)
 
     def end(self) -> None:
         """Let go of everything."""
         for loop in self.loops:
             loop.end()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _come_and_go(self) -> None:
+        """Who has joined starts; who knows that it was removed ends, and is cleaned."""
+        arriving, self._arriving = self._arriving, []
+        for node, found in arriving:
+            if not node.here and not node.gone:
+                node.founding = found
+                self.nodes[node.name] = node
+                self._in(node, node.start)
+                self.note(f"{node.name} joins")
+        for node in self.present:
+            if node.out:
+                self.kill(node)
+                node.gone, node.powered = True, False
+                node.containers.cut_power()
+                self.note(f"{node.name} leaves")
 
     def _look_for_the_deaf(self) -> None:
         for node in self.whole.values():
@@ -198,8 +259,16 @@ class WholeWorld(World):
         """Whom the world keeps from doing their work at this moment."""
         cut = self.network.cut | self.streams.cut
         self.promises.hit(*(name for way in sorted(cut) for name in way))
-        for node in self.whole.values():
+        moves = pairs(self.promises.newest)
+        self.promises.hit(*(each.id for pair in moves for each in (pair.stays, pair.goes)))
+        self.promises.hit(*draining(self.promises.newest))
+        for node in self.present:
             if (node.process is None or node.paused or node.closed
                     or node.containers.faulty_until_s > self.now_s):
                 self.promises.hit(node.name)
 
+
+
+def member(number: int) -> Member:
+    """Of the log: each machine has an address of its own."""
+    return Member(f"n{number}", f"10.0.0.{number}", 4401)
